@@ -1,0 +1,111 @@
+"""Real servers for the tests, and the sample loaded against them."""
+
+import importlib.util
+import itertools
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pymysql
+import pytest
+import redis
+from servers import Servers
+
+PROJECT = Path(__file__).resolve().parent.parent
+NUMBER = itertools.count()
+
+servers = Servers()
+
+
+def pytest_configure(config):
+    # Terminated, pytest must still end what the tests have started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    config.addinivalue_line("filterwarnings", "error")
+    servers.__enter__()
+    try:
+        servers.shared_redis, servers.shared_mysql = servers.redis(), servers.mysql()
+    except BaseException:
+        servers.__exit__(*sys.exc_info())
+        raise
+    # Whatever the environment held before, nobody here reaches a server of its own.
+    os.environ.update(servers.environment(servers.shared_redis, servers.shared_mysql))
+    os.environ.pop("DB_SSL_CA", None)
+    servers.shared_mysql.client(PROJECT / "seed.sql")
+
+
+def pytest_unconfigure(config):
+    servers.__exit__(None, None, None)
+
+
+def pytest_report_header(config):
+    return (
+        f"redis-py {redis.__version__}, PyMySQL {pymysql.VERSION_STRING}, "
+        f"{servers.shared_redis.version}, {servers.shared_mysql.version}"
+    )
+
+
+def load(**environment):
+    """The module, as a new process with this environment would import it."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        path = PROJECT / "example.py"
+        spec = importlib.util.spec_from_file_location(f"example{next(NUMBER)}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def redis_server():
+    return servers.shared_redis
+
+
+@pytest.fixture(scope="session")
+def mysql_server():
+    return servers.shared_mysql
+
+
+@pytest.fixture
+def new_servers():
+    """Servers for one test alone, which it may kill, stop and fill."""
+    with Servers() as own:
+        yield own
+
+
+@pytest.fixture
+def example(cache):
+    """The sample, fresh, with an empty cache."""
+    return load()
+
+
+@pytest.fixture
+def cache(redis_server):
+    """A plain client for the same Redis, emptied."""
+    with redis.Redis(port=redis_server.port, password=redis_server.password) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def db(mysql_server):
+    """A plain connection to the same MySQL, which may write. The planets are restored."""
+    with pymysql.connect(
+        host="127.0.0.1",
+        port=mysql_server.port,
+        user=mysql_server.user,
+        password=mysql_server.password,
+        database="tutorial",
+        autocommit=True,
+        ssl_disabled=True,  # PyMySQL reads all the system's certificates first: 40 ms
+        # A transaction that the sample left open is a failure here, not a wait for ever.
+        init_command="SET lock_wait_timeout = 3",
+    ) as connection:
+        yield connection.cursor()
+        seed = (PROJECT / "seed.sql").read_text(encoding="utf-8")
+        for statement in ["DROP DATABASE tutorial", *seed.split(";")[:-1]]:
+            connection.cursor().execute(statement)
