@@ -296,7 +296,7 @@ def planet(id, renew=False):
             return None
         name = loads(fields["name"])
         if isinstance(name, list):  # as no value of MySQL is
-            raise ValueError("not written by store")
+            raise TypeError("not written by store")
         return {"id": int(fields["id"]), "name": name}
 
     def ask():
