@@ -26,7 +26,7 @@ from redis.retry import Retry
 TTL = 10  # seconds until the database is asked again
 CACHE_TIMEOUT = 0.2  # seconds to wait for Redis; a hung one costs little more than this
 REST = 5  # seconds to leave a failed Redis alone, or every call would wait for it
-DB_TIMEOUT = 5  # seconds to wait for MySQL; a query that takes longer raises an error
+DB_TIMEOUT = 5  # seconds to connect to MySQL, and for each reply; then it is an error
 LOCK = 9  # seconds until another caller asks, if the one who was asking has died
 POLL = 0.05  # seconds between two looks while waiting
 
@@ -55,7 +55,7 @@ CACHE = {
 }
 try:  # this talks to nobody, but refuses what is not a URL or not an option
     redis.Redis.from_url(**CACHE).connection_pool.make_connection()
-except (TypeError, ValueError):
+except (TypeError, ValueError, redis.RedisError):
     unusable("REDIS_URL is not redis://[user:password@]host:port, percent-encoded")
 
 port = os.environ.get("DB_PORT") or "3306"
@@ -97,7 +97,7 @@ def query(sql, args=None, write=False):
             if write:
                 cursor.execute("SET TRANSACTION READ WRITE")  # only the next one
             cursor.execute(sql, args)
-            # START TRANSACTION READ WRITE returns none, and would let a DELETE pass next.
+            # After a START TRANSACTION READ WRITE, say, the next DELETE would pass.
             if not write and not cursor.description:
                 raise pymysql.ProgrammingError(f"this returns no rows: {sql}")
             rows = list(cursor.fetchall())
@@ -114,8 +114,8 @@ def query(sql, args=None, write=False):
 
 
 # Redis is out of reach, or the port is not that of a Redis.
-AWAY = ClusterError, RedisClusterException, redis.ConnectionError
-AWAY += redis.InvalidResponse, redis.TimeoutError
+AWAY = (ClusterError, RedisClusterException, redis.ConnectionError)
+AWAY += (redis.InvalidResponse, redis.TimeoutError)
 # What look raises: nothing there (TypeError, KeyError), or not written by this program.
 MISS = ArithmeticError, LookupError, ResponseError, RuntimeError, TypeError, ValueError
 
@@ -130,19 +130,20 @@ def connect():
 
 
 resting_until = 0  # time.monotonic() at which Redis may be tried again
-warned = set()  # of which kinds of failure, since it last worked
+warned = set()  # of which states, since Redis last worked
 
 
-def failed(error):
+def cache_failed(error):
     """Leave Redis alone for a while if it is out of reach. Warn, once an outage."""
     global resting_until
-    away = isinstance(error, AWAY)  # else it is full or read-only, say, and serves hits
-    if away:
+    # One that is full or read-only refuses to write, and goes on serving hits.
+    state = "away" if isinstance(error, AWAY) else "refuses"
+    if state == "away":
         resting_until = time.monotonic() + REST
     if isinstance(error, redis.ReadOnlyError):
         connect.cache_clear()  # after a failover the name leads to another node
-    if away not in warned:
-        warned.add(away)
+    if state not in warned:
+        warned.add(state)
         reason = str(error).split("caused error: ")[-1]  # without the data of a command
         logging.getLogger(__name__).warning("cache not used: %s", reason)
 
@@ -160,42 +161,44 @@ def cache_aside(key, look, ask, store):
         return ask()
     try:
         answer = look(connect())
-        warned.discard(True)  # it is not away any more
+        warned.discard("away")
         return answer
     except AWAY as error:
-        failed(error)
+        cache_failed(error)
         return ask()
     except MISS:
         return fill(key, look, ask, store)
 
 
 def fill(key, look, ask, store, renew=False):
-    """Ask and store, one caller at a time; the others wait for his answer or error.
+    """Ask and store. One caller does; the others wait for that answer, or that error.
 
     renew: ask and store, whatever the cache holds and whoever else is asking.
     """
     answer = unknown = object()  # not None: that is the answer for an absent record
-    mine, asker, me = False, None, uuid.uuid4().hex
+    mine, holder, token = False, None, uuid.uuid4().hex  # of the lock
     try:
         cache = connect()
         lock = cache.lock("lock:" + key, timeout=LOCK)
-        patience = time.monotonic() + LOCK + 1  # not LOCK: all would take over at once
+        # A second more than the lock lives, so that one gets it before all give up.
+        patience = time.monotonic() + LOCK + 1
         if renew:
             cache.delete(key)  # a Redis that is full refuses the rest, but not this
         while not renew and time.monotonic() < patience:
-            mine = lock.acquire(blocking=False, token=me)
+            if error := holder and cache.get(f"lock:failed:{holder}"):
+                number, *text = json.loads(error)
+                raise error_map.get(number, pymysql.OperationalError)(number, *text)
+            mine = lock.acquire(blocking=False, token=token)
             if mine:
                 break
-            asker = cache.get(lock.name) or asker
+            holder = cache.get(lock.name) or holder
             time.sleep(POLL)
             with suppress(*MISS):
                 return look(cache)
-        if error := asker and cache.get(f"lock:failed:{asker}"):
-            number, *text = json.loads(error)
-            raise error_map.get(number, pymysql.OperationalError)(number, *text)
+        # If somebody writes the key between WATCH and EXEC, our answer may be the older
+        # one: it is not stored, and we look, or ask, again. Once is enough: whoever
+        # interrupts the second round has asked after us.
         for _ in range(2):
-            # If anybody writes the key between WATCH and EXEC, our answer may be older
-            # than his: it is not stored, and we look, or ask, once more.
             with suppress(redis.WatchError), cache.pipeline(True) as pipe:
                 pipe.watch(key)
                 if not renew:
@@ -209,14 +212,15 @@ def fill(key, look, ask, store, renew=False):
                 break
     except pymysql.Error as error:
         if mine:
-            with suppress(*AWAY):
-                cache.setex(f"lock:failed:{me}", 1, json.dumps(error.args))
+            with suppress(redis.RedisError, *AWAY):
+                cache.setex(f"lock:failed:{token}", 1, json.dumps(error.args))
         raise
     except (redis.RedisError, *AWAY) as error:
-        failed(error)
+        cache_failed(error)
+        mine = mine and not isinstance(error, AWAY)  # or release() would wait as long
     finally:
-        if mine and time.monotonic() > resting_until:
-            with suppress(redis.RedisError, *AWAY):  # LockError: it was ours too long
+        if mine:
+            with suppress(redis.RedisError, *AWAY):  # LockError: it has expired
                 lock.release()
     return ask() if answer is unknown else answer
 
