@@ -167,7 +167,8 @@ def cache_aside(key, look, ask, store):
         cache_failed(error)
         return ask()
     except MISS:
-        return fill(key, look, ask, store)
+        pass
+    return fill(key, look, ask, store)
 
 
 def fill(key, look, ask, store, renew=False):

@@ -424,3 +424,9 @@ def test_the_seed_is_utf8_on_a_server_that_is_not(new_servers, cache):
     assert module.fetch("SELECT MAX(id) AS last FROM planet") == [{"last": 9}]
     columns = module.fetch("SHOW FULL COLUMNS FROM planet")
     assert [column["Type"] for column in columns][1].lower() == "varchar(30)"
+
+
+def test_an_error_of_mysql_is_shown_alone(example):
+    with pytest.raises(pymysql.err.ProgrammingError) as caught:
+        example.fetch("SELECT * FROM nowhere")
+    assert caught.value.__context__ is None
