@@ -356,7 +356,9 @@ def test_a_save_goes_through_to_a_redis_that_its_own_process_left_alone(
 
 
 @pytest.mark.parametrize("policy", ["volatile-lru", "noeviction"])
-def test_a_save_leaves_no_old_record_in_a_redis_that_is_full(policy, new_servers, db):
+def test_a_save_leaves_no_old_record_in_a_redis_that_is_full(
+    policy, new_servers, db, caplog
+):
     server = new_servers.redis("--maxmemory-policy", policy)
     module, reader = load(REDIS_URL=server.url), load(REDIS_URL=server.url)
     assert module.planet(1) == reader.planet(1) == MERCURY
@@ -366,3 +368,5 @@ def test_a_save_leaves_no_old_record_in_a_redis_that_is_full(policy, new_servers
         assert module.planet(1) == reader.planet(1) == NEW
         cache.config_set("maxmemory", 0)
         assert module.planet(1) == reader.planet(1) == NEW
+    assert "maxmemory" in caplog.text
+    assert "planet:1" not in caplog.text  # redis-py quotes the command that failed
