@@ -111,8 +111,6 @@ def query(sql, args=None, write=False):
 
 
 # ---- Redis
-
-
 # Redis is out of reach, or the port is not that of a Redis.
 AWAY = (ClusterError, RedisClusterException, redis.ConnectionError)
 AWAY += (redis.InvalidResponse, redis.TimeoutError)

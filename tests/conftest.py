@@ -5,14 +5,13 @@ import itertools
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pymysql
 import pytest
 import redis
 from servers import Servers
+from tools import PROJECT, plain, plain_mysql
 
-PROJECT = Path(__file__).resolve().parent.parent
 NUMBER = itertools.count()
 
 servers = Servers()
@@ -89,7 +88,7 @@ def example(cache):
 @pytest.fixture
 def cache(redis_server):
     """A plain client for the same Redis, emptied."""
-    with redis.Redis(port=redis_server.port, password=redis_server.password) as client:
+    with plain(redis_server) as client:
         client.flushall()
         yield client
 
@@ -97,16 +96,7 @@ def cache(redis_server):
 @pytest.fixture
 def db(mysql_server):
     """A plain connection to the same MySQL, which may write. The planets are restored."""
-    with pymysql.connect(
-        host="127.0.0.1",
-        port=mysql_server.port,
-        user=mysql_server.user,
-        password=mysql_server.password,
-        database="tutorial",
-        autocommit=True,
-        # A transaction that the sample left open is a failure here, not a wait for ever.
-        init_command="SET lock_wait_timeout = 3",
-    ) as connection:
+    with plain_mysql(mysql_server) as connection:
         yield connection.cursor()
         seed = (PROJECT / "seed.sql").read_text(encoding="utf-8")
         for statement in ["DROP DATABASE tutorial", *seed.split(";")[:-1]]:

@@ -10,6 +10,7 @@ from decimal import Decimal
 import pymysql
 import pytest
 from conftest import PROJECT, load
+from tools import selects
 
 PLANETS = "SELECT * FROM planet"
 
@@ -65,14 +66,14 @@ TYPES = [
 def asked(db):
     """How many SELECTs MySQL has answered since the last call."""
 
-    def selects():
-        db.execute("SHOW GLOBAL STATUS LIKE 'Com_select'")
-        before, selects.seen = selects.seen, int(db.fetchone()[1])
-        return selects.seen - before
+    seen = selects(db)
 
-    selects.seen = 0
-    selects()
-    return selects
+    def since():
+        nonlocal seen
+        before, seen = seen, selects(db)
+        return seen - before
+
+    return since
 
 
 def shape(value):

@@ -25,6 +25,7 @@ from tools import (
     is_well,
     outcomes,
     plain,
+    plain_mysql,
     plant,
     selects,
     start_cluster,
@@ -714,13 +715,7 @@ def silent_port(silent, module, new_servers):
 
 def killed_asker(mysql, asker, others):
     """A process that is killed while it asks: the SELECTs, and the crowd's answers."""
-    with pymysql.connect(
-        host="127.0.0.1",
-        port=mysql.port,
-        user=mysql.user,
-        password=mysql.password,
-        database="tutorial",
-    ) as connection:
+    with plain_mysql(mysql) as connection:
         db = connection.cursor()
         db.execute("LOCK TABLES planet WRITE")
         before = selects(db)

@@ -17,9 +17,9 @@ import pytest
 from botocore import xform_name
 from botocore.utils import ArgumentGenerator
 from botocore.validate import ParamValidator
+from conftest import PROJECT
 from servers import find
 
-PROJECT = Path(__file__).resolve().parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 # (language, text) of each fenced block, in order

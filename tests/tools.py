@@ -44,6 +44,20 @@ def plain(server):
     return redis.Redis(port=server.port, password=server.password)
 
 
+def plain_mysql(server):
+    """A plain connection to a MySQL, which may write."""
+    return pymysql.connect(
+        host="127.0.0.1",
+        port=server.port,
+        user=server.user,
+        password=server.password,
+        database="tutorial",
+        autocommit=True,
+        # A transaction that the sample left open is a failure here, not a wait for ever.
+        init_command="SET lock_wait_timeout = 3",
+    )
+
+
 def plant(cache, key, old="Mercury", new="Planted"):
     """Put into a cached answer what the database never held: who reads it, hits."""
     old, new = old.encode(), new.encode()
