@@ -1,659 +1,444 @@
-"""What the cache is worth: empty, full, in a crowd, by TTL and by eviction policy.
+"""Measure what the cache is worth.
 
     tests/local python tests/benchmark.py
-    tests/local python tests/benchmark.py --only crowd,ttl --json results.json
+    tests/local python tests/benchmark.py --only crowd,ttl
 
-Parts empty, limit and crowd use the servers named in the environment, wherever they
-are. They create a database with a random name and a few keys, and remove just these.
-Part ttl is a simulation; part eviction starts Redis servers of its own.
+The parts empty, limit, wire and crowd use the servers named in the environment. They
+create a database with a random name and a few keys, and remove only those.
+The part ttl is a simulation, and eviction starts Redis servers of its own.
 """
 
 import argparse
-import collections
-import concurrent.futures
 import contextlib
-import functools
-import importlib.metadata
-import itertools
+import inspect
 import json
 import os
+import pickle
 import platform
 import random
-import re
 import secrets
 import signal
-import statistics
 import sys
 import threading
 import time
-from pathlib import Path
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib import metadata
+from statistics import median
 from types import SimpleNamespace
 
 import pymysql
 import redis
-from rich import box
-from rich.bar import Bar
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from servers import ServerError, Servers
+from tools import PROJECT, Sent, Worker, outcomes, plain, start_crowd
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # where example.py is
-
-SIZES = {  # how many; how many with --quick
-    "visits": (400_000, 2_000),  # rows of the table under the costly query
-    "rows": (10_000, 200),  # rows of the long result
-    "short": (1_000, 20),  # runs of what takes less than a millisecond
-    "long": (20, 4),  # runs of what takes a tenth of a second
-    "runs": (3, 2),  # of what takes seconds
-    "callers": ((1, 10, 100), (1, 4)),  # at once
+SIZES = {  # (in full, with --quick)
+    "visits": (2**17, 2**10),  # rows of the table that the costly query reads
+    "rows": (10_000, 200),  # of the long result
+    "short": (3_000, 20),  # runs of a call that takes less than a millisecond
+    "long": (30, 4),  # runs of a call that takes longer
+    "runs": (3, 1),  # runs of a measurement that takes seconds
+    "callers": ((1, 10, 100), (1, 4)),  # threads of one process
+    "threads": (200, 5),  # in each of four processes
     "ttl_keys": (3_000, 300),
-    "ttl_reads": (400, 100),  # a second, of simulated time
-    "keys": (20_000, 1_000),  # under eviction; five times what the memory holds
-    "reads": (6_000, 500),  # in each run, under eviction
+    "ttl_reads": (400, 100),  # per simulated second
+    "ttl_seconds": (2_100, 900),
+    "eviction_keys": (10_000, 1_000),
+    "eviction_reads": (10_000, 500),  # in each of three phases
 }
-KEEP = 60  # seconds; no key may expire between a miss and the hit that is measured
-TTLS = 1, 2, 5, 10, 30, 60, 120, 300  # seconds
-WARM_UP = 300  # seconds of simulated time; twice as many are then measured
-READS_PER_UPDATE = 1_000
-READS_PER_NEWS = 50
-VALUE = "x" * 500  # under eviction
+TTLS = [1, 2, 5, 10, 30, 60, 120, 300]  # seconds
 POLICIES = ["volatile-lru", "volatile-ttl", "volatile-lfu"]
 POLICIES += ["allkeys-lru", "allkeys-lfu", "noeviction"]
 
-selects = []  # every SELECT that this process sends to MySQL, whoever sends it
+COSTLY_CHART = """\
+    title "A costly query"
+    x-axis ["no cache: {0:.2f} ms", "miss: {1:.2f} ms", "hit: {2:.2f} ms"]
+    y-axis "milliseconds" 0 --> {top:.0f}
+    bar [{0:.2f}, {1:.2f}, {2:.2f}]"""
+TTL_CHART = """\
+    title "Hits (bars) and stale results (line)"
+    x-axis "TTL in seconds" {TTLS}
+    y-axis "% of all reads" 0 --> 100
+    bar {hits}
+    line {stale}"""
 
 
-def stop(problem):
-    sys.exit(f"benchmark.py: {problem}")
+# ---- Measuring and printing
 
 
-# ---- Measuring and showing
+def compare(ways, runs, before=None):
+    """Return the median milliseconds of each of ways, {name: function}.
 
-
-def compare(ways, runs, track, before=None):
-    """How long the calls take, {way: numbers}, of ways {way: call}.
-
-    One call of each way in turn, in an order that changes: what slows the machine down
-    for a while then slows down all of them. What comes before a call is not timed.
+    The ways take turns in random order, so that a slow moment slows all of them.
+    before: {name: function} to call before that way; its time does not count.
     """
-    times = {way: [] for way in ways}
-    at_once = max(1, runs // 20)  # the progress is drawn only twenty times
-    for _ in track(range(runs // at_once)):
-        for _ in range(at_once):
-            for way in random.sample(list(ways), len(ways)):
-                if before and way in before:
-                    before[way]()
-                start = time.perf_counter()
-                ways[way]()
-                times[way].append(1000 * (time.perf_counter() - start))
-    return {way: summary(times[way]) for way in ways}
+    times = {name: [] for name in ways}
+    for function in ways.values():
+        function()  # the first call also connects
+    for _ in range(runs):
+        for name in random.sample(list(ways), len(ways)):
+            if before and name in before:
+                before[name]()
+            start = time.perf_counter()
+            ways[name]()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return [median(values) for values in times.values()]
 
 
-def summary(times):
-    cuts = statistics.quantiles(times, n=100, method="inclusive")
-    numbers = {"runs": len(times), "median_ms": statistics.median(times)}
-    return {**numbers, "quartiles_ms": (cuts[24], cuts[74]), "p99_ms": cuts[98]}
+def show(columns, rows):
+    """Print a Markdown table. columns: {name: format of its cells}"""
+    table = [[*map(format, row, columns.values())] for row in rows]
+    first, *others = (max(map(len, column)) for column in zip(columns, *table))
+    line = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
+    for name, *cells in [columns, line, *table]:
+        print("|", " | ".join([name.ljust(first), *map(str.rjust, cells, others)]), "|")
 
 
-def spread(values):
-    median = statistics.median(values)
-    return {"median": median, "farthest": max(abs(value - median) for value in values)}
+# ---- A database and keys that only the benchmark uses
+
+Case = namedtuple("Case", "name key sql call runs")
 
 
-def text(found, digits):
-    return f"{found['median']:,.{digits}f} ± {found['farthest']:,.{digits}f}"
+@contextlib.contextmanager
+def own_database(bench):
+    """Let the sample use a new database. At the end, remove it and all keys."""
+    sys.path.append(str(PROJECT))
+    import example  # only now, because it needs the environment, and ttl does not
+
+    bench.example, bench.cache = example, example.redis_client()
+    # A client that neither decodes nor has the time limits of the sample.
+    bench.plain_cache = type(bench.cache).from_url(os.environ["REDIS_URL"])
+    bench.name = f"cache_aside_benchmark_{secrets.token_hex(8)}"
+    bench.id = random.randrange(2**31, 2**32 - 8)  # of planets that nobody else caches
+    bench.cases = list_cases(bench)
+    bench.keys = [case.key for case in bench.cases]
+    # For connections that may write, and may take longer than the sample allows.
+    login = {**example.MYSQL_OPTIONS, "database": None, "init_command": None}
+    login.update(read_timeout=None, write_timeout=None)
+    bench.login, example.MYSQL_OPTIONS["database"] = login, bench.name
+    example.TTL = 60  # no key expires between a miss and its hits
+    try:
+        with pymysql.connect(**login) as bench.db:
+            fill(bench)
+            server = bench.cache.info("server")["redis_version"]
+            mysql = query(bench.db, "SELECT VERSION() AS version")[0]["version"]
+            print(f"Redis server {server}, MySQL server {mysql}")
+            yield
+    finally:
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)  # another Ctrl-C must not stop this
+        # A new connection: the first Ctrl-C may have cut off a reply on the old one.
+        with pymysql.connect(**login) as db:
+            query(db, f"DROP DATABASE IF EXISTS {bench.name}")
+        for key in bench.keys:
+            example.invalidate(key)
 
 
-def bar(value, longest, width=16):
-    return Bar(longest or 1, 0, value, width=width)
+def list_cases(bench):
+    """Return the results that are measured, from one row to a costly query."""
+    key, planet, fetch = f"planet:{bench.id}", bench.example.planet, bench.example.fetch
+    one = f"SELECT id, name FROM {bench.name}.planet WHERE id = {bench.id}"
+    short = f"SELECT * FROM {bench.name}.planet"
+    long = f"SELECT * FROM {bench.name}.visit ORDER BY id LIMIT {bench.rows}"
+    costly = "SELECT planet, COUNT(*), SUM(price) "
+    costly += f"FROM {bench.name}.visit GROUP BY planet"
+    return [
+        Case("1 row by its key", key, one, partial(planet, bench.id), bench.short),
+        Case("8 rows", short, short, partial(fetch, short), bench.short),
+        Case(f"{bench.rows:,} rows", long, long, partial(fetch, long), bench.long),
+        Case("costly query", costly, costly, partial(fetch, costly), bench.long),
+    ]
 
 
-def table(title, columns, rows):
-    """A table; a column of numbers has > before its name. None is an empty row."""
-    look = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD}
-    made = Table(title=title, **look, pad_edge=False)
-    for name in columns:
-        right = name.startswith(">")
-        made.add_column(name.lstrip(">"), justify="right" if right else "left")
-    for row in rows:
-        made.add_row(*row or [])
-    return made
-
-
-def time_table(title, comparisons, unit):
-    """A table of what compare() found; unit is the way that counts as 1."""
-    rows = []
-    for name, found in comparisons.items():
-        slowest = max(numbers["median_ms"] for numbers in found.values())
-        for way, numbers in found.items():
-            median, p99, runs = numbers["median_ms"], numbers["p99_ms"], numbers["runs"]
-            share = median / found[unit]["median_ms"]
-            shown = f"{median:.3f}", f"{p99:.3f}", f"{share:.3f}", bar(median, slowest)
-            rows.append((name, way, *shown, f"{runs:,}"))
-            name = ""
-        rows.append(None)
-    columns = "", "", ">median, ms", ">99 % below, ms", f">of {unit}", "", ">runs"
-    return table(title, columns, rows[:-1])
-
-
-# ---- The bench: a database and keys of its own on the servers in the environment
-
-
-def ask(db, sql, args=None):
-    """The rows, as a program without a cache asks for them."""
+def query(db, sql):
+    """Return the rows as a program without a cache does: one round trip to MySQL."""
     with db.cursor() as cursor:
-        cursor.execute(sql, args)
+        cursor.execute(sql)
         return list(cursor.fetchall())
 
 
-def fill(db, visits, first_id):
-    ask(db, "CREATE TABLE planet (id INT UNSIGNED PRIMARY KEY, name VARCHAR(30))")
-    names = ["Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn", "Uranus"]
-    for id, name in enumerate([*names, "Neptune"], first_id):
-        ask(db, "INSERT INTO planet VALUES (%s, %s)", (id, name))
+def fill(bench):
+    run = partial(query, bench.db)
+    run(f"CREATE DATABASE {bench.name} CHARACTER SET utf8mb4")
+    bench.db.select_db(bench.name)
     columns = "planet TINYINT, price DECIMAL(10, 2), at DATETIME, note VARCHAR(60)"
-    ask(db, f"CREATE TABLE visit (id INT UNSIGNED PRIMARY KEY, {columns})")
-    ask(db, "INSERT INTO visit VALUES (0, 0, 9.99, '2019-11-01', 'the first visit')")
+    run(f"CREATE TABLE visit (id INT UNSIGNED PRIMARY KEY, {columns})")
+    run("INSERT INTO visit VALUES (0, 0, 9.99, '2019-11-01', 'the first visit')")
     count = 1
-    while count < visits:  # each statement doubles the table
-        double = f"""INSERT INTO visit SELECT id + {count},
-            CRC32(id + {count}) MOD 8, CRC32(id + {count}) MOD 1000000 / 100,
-            at + INTERVAL CRC32(id + {count}) MOD 10000000 SECOND,
-            CONCAT('visit number ', id + {count}, ' to this planet')
-            FROM visit ORDER BY id LIMIT {visits - count}"""
-        ask(db, double)
-        count = min(2 * count, visits)
-    ask(db, "ANALYZE TABLE planet, visit")
+    while count < bench.visits:  # each statement doubles the table
+        run(f"""INSERT INTO visit SELECT id, id MOD 8, id / 100,
+            TIMESTAMP('2019-11-01') + INTERVAL id MINUTE,
+            CONCAT('visit number ', id, ' to this planet')
+            FROM (SELECT id + {count} AS id FROM visit) AS more""")
+        count *= 2
+    run("CREATE TABLE planet (id INT UNSIGNED PRIMARY KEY, name VARCHAR(30))")
+    planets = f"SELECT {bench.id} + id, CONCAT('Planet ', id) FROM visit WHERE id < 8"
+    run(f"INSERT INTO planet {planets}")
+    run("ANALYZE TABLE planet, visit")
 
 
-@contextlib.contextmanager
-def bench(size):
-    """The sample at work on a database that is gone afterwards, as its keys are."""
-    try:
-        import example
-    except ValueError as error:
-        stop(error)
-    name = f"cache_aside_benchmark_{secrets.token_hex(8)}"
-    # A connection that may write, and take its time over it.
-    login = {**example.DATABASE, "database": None, "init_command": None}
-    login.update(read_timeout=None, write_timeout=None)
-    example.DATABASE["database"], example.TTL = name, KEEP
-    keys = []
+# ---- The parts. Each prints its docstring, with the sizes filled in, and a table.
 
-    def remove_database():
-        # A new connection: Ctrl-C may have cut off a reply on the old one.
-        with contextlib.closing(pymysql.connect(**login)) as db:
-            ask(db, f"DROP DATABASE IF EXISTS `{name}`")
 
-    def remove_keys():
-        example.connect.cache_clear()
-        for key in keys:  # one by one: in a cluster they are in different places
-            example.connect().delete(key)
-            example.connect().delete(f"lock:{key}")
+def empty(bench):
+    """A query without a cache, on a miss and on a hit
+
+    Medians of {short:,} runs, of the last two of {long}.
+    Pays from: the share of hits from which the cache makes the mean call faster.
+    The costly query is a GROUP BY over {visits:,} rows.
+    """
+    rows = []
+    for case in bench.cases:
+        without = partial(query, bench.db, case.sql)
+        ways = {"no cache": without, "miss": case.call, "hit": case.call}
+        forget = {"miss": partial(bench.cache.delete, case.key)}
+        mysql, miss, hit = times = compare(ways, case.runs, forget)
+        # It pays if rate * hit + (1 - rate) * miss < mysql; from over 100 %: never.
+        pays = max(0, miss - mysql) / (miss - hit)
+        rows.append([case.name, *times, mysql / hit, pays])
+    columns = {"": "", "no cache, ms": ".3f", "miss, ms": ".3f", "hit, ms": ".3f"}
+    show({**columns, "speed-up": ".1f", "pays from": ".1%"}, rows)
+    return COSTLY_CHART.format(*times, top=1 + max(times))
+
+
+def limit(bench):
+    """How close a hit is to what is possible
+
+    hgetall and json.loads(get) read the same rows with the same client.
+    pickle: pickle.loads(get) of the same rows. django-redis does this and a little
+    more, but was not used itself.
+    Speed: the other's time / the time of a hit; 0.91 is 1.10 times the time, 0.95 1.05.
+    """
+    one, short, long, _ = bench.cases
+    cache, plain_cache = bench.cache, bench.plain_cache
+    json_key, pickle_key = f"{bench.name}:json", f"{bench.name}:pickle"
+    bench.keys += json_key, pickle_key
+    cache.setex(json_key, 600, json.dumps(short.call()))
+    plain_cache.setex(pickle_key, 600, pickle.dumps(long.call()))
+    rows = []
+    for case, name, other, bound in (
+        (one, "hgetall", lambda: cache.hgetall(one.key), 1 / 1.10),
+        (short, "json.loads(get)", lambda: json.loads(cache.get(json_key)), 1 / 1.05),
+        (long, "PyMySQL", lambda: query(bench.db, long.sql), 6),
+        (long, "pickle", lambda: pickle.loads(plain_cache.get(pickle_key)), 0.75),
+    ):
+        times = compare({"other": other, "hit": case.call}, case.runs)
+        rows.append([case.name, name, *times, times[0] / times[1], bound])
+    columns = {"": "", "other": "", "other, ms": ".3f", "hit, ms": ".3f"}
+    show({**columns, "speed": ".2f", "at least": ".2f"}, rows)
+
+
+def wire(bench):
+    """The commands that one call sends to Redis, and the bytes that Redis keeps
+
+    Commands by MONITOR, bytes by MEMORY USAGE.
+    """
+    if isinstance(bench.cache, redis.RedisCluster):
+        return print("Not measured: in a cluster the commands go to several nodes.")
+    rows = []
+    for case in bench.cases[:3]:
+        case.call()  # also connects
+        bench.cache.delete(case.key)
+        with Sent(bench.plain_cache) as miss:
+            case.call()
+        with Sent(bench.plain_cache) as hit:
+            case.call()
+        commands = [" ".join(sent.commands) for sent in (hit, miss)]
+        rows.append([case.name, *commands, bench.cache.memory_usage(case.key)])
+    show({"": "", "hit": "", "miss": "", "bytes": ","}, rows)
+
+
+def crowd(bench):
+    """Many callers miss the same costly query at the same moment
+
+    Medians of {runs} runs. The last row is four processes of {threads} threads and a
+    query that takes 200 ms (bound: 1 query, and 1,200 ms on two cores).
+    All others are threads of one process, and the query is the GROUP BY.
+    """
+    # UUID() is new in each query: the callers get as many UUIDs as there were queries.
+    costly = bench.cases[3].sql.replace("SELECT", "SELECT UUID() AS run,")
+    slow = f"SELECT UUID() AS run, SLEEP(0.2) FROM {bench.name}.planet LIMIT 1"
+    plain_key = f"{bench.name}:plain"
+    bench.keys += costly, slow, plain_key
+    plain_cache, this_thread, rows = bench.plain_cache, threading.local(), []
+
+    def get_and_setex(sql):
+        if text := plain_cache.get(plain_key):
+            return json.loads(text)
+        rows = query(this_thread.db, sql)
+        plain_cache.setex(plain_key, 60, json.dumps(rows, default=str))
+        return rows
+
+    def measure(name, key, callers, crowd, *args):
+        found = []
+        for _ in range(bench.runs):
+            plain_cache.delete(key)
+            results = crowd(*args)
+            runs = {
+                result["answer"][0]["run"] for result in results if "answer" in result
+            }
+            failed = sum("error" in result for result in results)
+            slowest = max(result["seconds"] for result in results)
+            found.append([len(runs), failed, 1000 * slowest])
+        rows.append([callers, name, *map(median, zip(*found))])
+
+    def connect():
+        this_thread.db = pymysql.connect(**bench.login)
+        bench.cache.ping(), plain_cache.ping()
+
+    with ThreadPoolExecutor(max(bench.callers), initializer=connect) as pool:
+        for n in bench.callers:
+            measure("fetch", costly, n, meet, pool, n, bench.example.fetch, costly)
+            measure("GET and SETEX", plain_key, n, meet, pool, n, get_and_setex, costly)
 
     with contextlib.ExitStack() as stack:
-        try:
-            cache = example.connect()
-            db = stack.enter_context(contextlib.closing(pymysql.connect(**login)))
-            stack.callback(remove_database)
-            stack.callback(remove_keys)
-            # Another Ctrl-C must not keep us from that.
-            for number in signal.SIGTERM, signal.SIGINT:
-                stack.callback(signal.signal, number, signal.SIG_IGN)
-            ask(db, f"CREATE DATABASE `{name}` CHARACTER SET utf8mb4")
-        except redis.RedisError as error:
-            stop(f"Redis: {error}; check REDIS_URL")
-        except pymysql.Error as error:
-            stack.pop_all()  # there is nothing to remove
-            denied = error.args[0] in (1044, 1142, 1227)
-            hint = "it takes the right to CREATE and DROP a database of its own"
-            stop(f"MySQL: {error.args[-1]}; {hint if denied else 'check DB_*'}")
-        # Ids that nobody uses: nobody's planet may be replaced in the cache.
-        while cache.exists(f"planet:{(id := random.randrange(2**31, 2**32 - 8))}"):
-            pass
-        made = SimpleNamespace(sample=example, cache=cache, db=db, id=id)
-        made.login, made.plain = {**login, "database": name}, f"{name}:plain"
-        made.cases = cases(made, name, size)
-        keys += [made.plain, *(case.key for case in made.cases)]
-        db.select_db(name)
-        fill(db, size.visits, id)
-        count_selects()
-        yield made
+        environment = {**os.environ, "DB_NAME": bench.name}
+        workers = [stack.enter_context(Worker(environment)) for _ in range(4)]
+        for worker in workers:
+            worker.answer("fetch", slow)  # connects
+
+        def processes():
+            start_crowd(workers, "fetch", slow, threads=bench.threads)
+            return outcomes(workers)
+
+        measure("fetch, 200 ms", slow, 4 * bench.threads, processes)
+    columns = {"callers": "", "by": "", "queries": "", "callers with an error": ""}
+    show({**columns, "slowest waits, ms": ",.0f"}, rows)
 
 
-def cases(made, name, size):
-    """What is asked for, and the ways to it."""
+def meet(pool, callers, function, *args):
+    """Call in several threads at the same moment."""
+    barrier = threading.Barrier(callers, timeout=60)
 
-    def rows(name, sql, runs):
-        direct, cached = lambda: ask(made.db, sql), lambda: made.sample.fetch(sql)
-        bare = lambda: json.loads(made.cache.get(made.plain))
-        ways = {"direct": direct, "cached": cached, "bare": bare}
-        command = "GET", made.plain
-        return SimpleNamespace(name=name, key=sql, runs=runs, command=command, **ways)
+    def caller(_):
+        barrier.wait()
+        start = time.perf_counter()
+        return {"answer": function(*args), "seconds": time.perf_counter() - start}
 
-    one = f"SELECT * FROM {name}.planet WHERE id = {made.id}"
-    by_id = rows("1 row by its key", one, size.short)
-    by_id.key = f"planet:{made.id}"
-    by_id.command = "HGETALL", by_id.key
-    by_id.cached = lambda: made.sample.planet(made.id)
-    by_id.bare = lambda: made.cache.hgetall(by_id.key)
-    long = f"SELECT * FROM {name}.visit ORDER BY id LIMIT {size.rows}"
-    costly = f"SELECT planet, COUNT(*), SUM(price) FROM {name}.visit GROUP BY planet"
-    return (
-        by_id,
-        rows("8 rows", f"SELECT * FROM {name}.planet", size.short),
-        rows(f"{size.rows:,} rows", long, size.long),
-        rows("costly query", costly, size.long),
-    )
-
-
-def count_selects():
-    send = pymysql.connections.Connection.query
-
-    def counted(connection, sql, *args, **options):
-        if sql.startswith("SELECT"):
-            selects.append(sql)
-        return send(connection, sql, *args, **options)
-
-    pymysql.connections.Connection.query = counted
-
-
-def expect_selects(before, expected):
-    # When the cache fails, MySQL answers: that would be no hit.
-    sent = len(selects) - before
-    if sent != expected:
-        stop(f"MySQL was asked {sent} times, not {expected}: is Redis well?")
-
-
-# ---- Part 1: empty against full
-
-
-def empty(size, track, made):
-    """One query after the other: without a cache, with an empty one, with a full one."""
-    found, results, notes = {}, [], []
-    for case in made.cases:
-        case.direct(), case.cached()  # the first time only, some things are slow
-        ways = {"no cache": case.direct, "miss": case.cached, "hit": case.cached}
-        forget = {"miss": lambda case=case: made.cache.delete(case.key)}
-        sent = len(selects)
-        found[case.name] = numbers = compare(ways, case.runs, track, forget)
-        expect_selects(sent, 2 * numbers["hit"]["runs"])
-        db, miss, hit = (numbers[way]["median_ms"] for way in ways)
-        # It pays if rate * hit + (1 - rate) * miss < db.
-        pays = max(0, miss - db) / (miss - hit) if hit < db else None
-        verdict = "never pays" if pays is None else f"pays from {pays:.1%} hits"
-        notes.append(f"{case.name}: {db / hit:.1f} x as fast; the cache {verdict}.")
-        rates = {"hit_times_as_fast": db / hit, "pays_from_hit_rate": pays}
-        results.append({"query": case.name, **numbers, **rates})
-    notes.append(f"The costly query is a GROUP BY over {size.visits:,} rows.")
-    return results, [time_table("Empty cache, full cache", found, "no cache"), *notes]
-
-
-# ---- Part 2: how close to the limit
-
-
-def node(cache, key):
-    """The client of the one server that holds the key."""
-    if isinstance(cache, redis.RedisCluster):
-        return cache.get_redis_connection(cache.get_node_from_key(key))
-    return cache
-
-
-@contextlib.contextmanager
-def raw(server, *command):
-    """A call that sends a command over a bare socket and takes the reply as it comes."""
-    connection = server.connection_pool.get_connection()
-    try:
-        sock = connection._sock  # connected, and logged in, by redis-py
-        sent, pong = b"".join(connection.pack_command(*command)), b"+PONG\r\n"
-        sock.sendall(sent + b"PING\r\n")  # its reply shows where the other one ends
-        reply = b""
-        while not reply.endswith(pong):
-            reply += sock.recv(2**20)
-
-        def call():
-            sock.sendall(sent)
-            missing = len(reply) - len(pong)
-            while missing:
-                missing -= len(sock.recv(missing))
-
-        yield call
-    finally:
-        connection.disconnect()
-        server.connection_pool.release(connection)
-
-
-def traffic(server, call, before=lambda: None):
-    """The commands and bytes of one call, by the server's own counters."""
-
-    def counters():
-        totals, commands = server.info("stats"), server.info("commandstats")
-        counts = {name[8:].upper(): of["calls"] for name, of in commands.items()}
-        counts["sent_bytes"] = totals["total_net_input_bytes"]
-        counts["received_bytes"] = totals["total_net_output_bytes"]
-        return collections.Counter(counts)
-
-    def spent(call):
-        # Others may use the server, too. The least of several has none of theirs.
-        counts = []
-        for _ in range(10):
-            before()
-            start = counters()
-            call()
-            counts.append(counters() - start)
-        return min(
-            counts, key=lambda count: count["sent_bytes"] + count["received_bytes"]
-        )
-
-    return spent(call) - spent(lambda: None)  # less what the counters themselves cost
-
-
-def limit(size, track, made):
-    """A hit beside the same rows by redis-py alone, and by nothing but a socket."""
-    times, wire, rows, notes = {}, [], [], []
-    for case in made.cases[:3]:
-        name, answer, server = case.name, case.cached(), node(made.cache, case.key)
-        plain = json.dumps(answer, default=str)
-        made.cache.setex(made.plain, 10 * KEEP, plain)
-        with raw(node(made.cache, case.command[1]), *case.command) as raw_call:
-            ways = {"raw socket": raw_call, "redis-py": case.bare, "hit": case.cached}
-            sent = len(selects)
-            times[name] = compare(ways, case.runs, track)
-            expect_selects(sent, 0)
-        size_of = {}
-        if case.command[0] == "GET":
-            length = made.cache.strlen(case.key)
-            size_of = {"stored_bytes": length, "json_bytes": len(plain)}
-            notes.append(f"{name}: {length:,} bytes in Redis, {len(plain):,} as JSON.")
-        forget = lambda case=case: made.cache.delete(case.key)
-        hit, miss = traffic(server, case.cached), traffic(server, case.cached, forget)
-        wire.append({"answer": name, "hit": hit, "miss": miss, **size_of})
-        for kind, counts in ("hit", hit), ("miss", miss):
-            total = f"{counts['sent_bytes']:,}", f"{counts['received_bytes']:,}"
-            commands = " ".join(
-                f"{n}x{command}" if n > 1 else command
-                for command, n in counts.items()
-                if command.isupper()
-            )
-            rows.append((name, kind, commands, *total))
-    columns = "", "", "commands, those inside a script too", ">sent, bytes", ">received"
-    shown = [time_table("How close to the limit", times, "redis-py")]
-    shown += [
-        "redis-py: client.hgetall(key); json.loads(client.get(key)), the same rows"
-    ]
-    shown += ["", table("One call on the wire to Redis", columns, rows), *notes]
-    times = [{"answer": name, **numbers} for name, numbers in times.items()]
-    return {"times": times, "wire": wire}, shown
-
-
-# ---- Part 3: the crowd
-
-
-def meet(call, callers):
-    """All call at once; how many ms the last one waits."""
-    go = threading.Event()
-
-    def caller():
-        go.wait()
-        call()
-        return time.perf_counter()
-
-    with concurrent.futures.ThreadPoolExecutor(callers) as pool:
-        try:
-            waiting = [pool.submit(caller) for _ in range(callers)]
-        finally:
-            start = time.perf_counter()
-            go.set()
-        # Ctrl-C ends this wait only. The pool then waits until all have their answers,
-        # or one might still store his after the keys have been deleted.
-        concurrent.futures.wait(waiting)
-    return 1000 * (max(future.result() for future in waiting) - start)
-
-
-def crowd(size, track, made):
-    """The costly query, cold: by the sample, and by GET and SETEX without any more."""
-    # Without the sample's time limits, which such a program would not have.
-    cache = type(made.cache).from_url(os.environ["REDIS_URL"], decode_responses=True)
-    costly, results, rows = made.cases[-1], [], []
-
-    def plain():
-        if found := cache.get(made.plain):
-            return json.loads(found)
-        with contextlib.closing(pymysql.connect(**made.login)) as db:
-            answer = ask(db, costly.key)
-        cache.setex(made.plain, KEEP, json.dumps(answer, default=str))
-        return answer
-
-    ways = {"sample": (costly.key, costly.cached), "plain": (made.plain, plain)}
-    for callers in size.callers:
-        found = {way: [] for way in ways}
-        for _ in track(range(size.runs)):
-            for way, (key, call) in ways.items():
-                cache.delete(key)
-                sent = len(selects)
-                slowest = meet(call, callers)
-                found[way].append((len(selects) - sent, slowest))
-        for way, runs in found.items():
-            queries, slowest = map(spread, zip(*runs))
-            numbers = {"queries": queries, "slowest_ms": slowest, "runs": len(runs)}
-            results.append({"callers": callers, "way": way, **numbers})
-            part = bar(queries["median"], max(size.callers))
-            shown = text(queries, 0), part, text(slowest, 0), f"{len(runs)}"
-            rows.append((str(callers), way, *shown))
-    cache.close()
-    columns = ">callers", "", ">queries", "", ">the slowest waits, ms", ">runs"
-    return results, [table("A crowd meets a cold costly query", columns, rows)]
-
-
-# ---- Part 4: time to live
+    return list(pool.map(caller, range(callers)))
 
 
 def zipf(keys):
-    """Cumulative weights: the second is wanted half as often as the first, and so on."""
-    return list(itertools.accumulate(1 / rank for rank in range(1, keys + 1)))
+    """Return weights for random.choices: the n-th key is read 1/n as often as the first."""
+    return [1 / rank for rank in range(1, keys + 1)]
 
 
-def simulate(ttl, reads):
-    """Percent of hits and of stale answers in [(second, key, its version), ...]."""
-    expires, held = collections.defaultdict(int), {}
-    hits = stale = measured = 0
-    for second, key, version in reads:
+def simulate(ttl, keys, per_second, seconds):
+    """Return the percentages of hits and of stale results, the first 300 s not counted."""
+    same, weights = random.Random(1), zipf(keys)  # the same reads for each TTL
+    versions, expires, cached = Counter(), Counter(), {}
+    hits = stale = counted = 0
+    for n, key in enumerate(same.choices(range(keys), weights, k=per_second * seconds)):
+        if n % 1000 == 0:
+            versions.update(same.choices(range(keys), weights))  # an update
+        second = n / per_second
         hit = second < expires[key]
         if not hit:
-            expires[key], held[key] = second + ttl, version
-        if second >= WARM_UP:
-            measured += 1
+            expires[key], cached[key] = second + ttl, versions[key]
+        if second >= 300:
+            counted += 1
             hits += hit
-            stale += held[key] != version
-    return 100 * hits / measured, 100 * stale / measured
+            stale += cached[key] != versions[key]
+    return 100 * hits / counted, 100 * stale / counted
 
 
-def ttl(size, track):
-    """Time is counted, not waited for: a second is so many reads."""
-    keys, weights = range(size.ttl_keys), zipf(size.ttl_keys)
-    found, results, rows = [], [], []
-    for _ in track(range(size.runs)):
-        count, versions, reads = 3 * WARM_UP * size.ttl_reads, collections.Counter(), []
-        for n, key in enumerate(random.choices(keys, cum_weights=weights, k=count)):
-            if n % READS_PER_UPDATE == 0:
-                versions.update(random.choices(keys, cum_weights=weights))
-            reads.append((n / size.ttl_reads, key, versions[key]))
-        found.append([simulate(ttl, reads) for ttl in TTLS])
-    for ttl, runs in zip(TTLS, zip(*found)):
-        hits, stale = map(spread, zip(*runs))
-        queries = size.ttl_reads * (1 - hits["median"] / 100)
-        numbers = {"hits_percent": hits, "stale_percent": stale, "runs": len(runs)}
-        results.append({"ttl_s": ttl, **numbers, "queries_per_s": queries})
-        shown = text(hits, 1), bar(hits["median"], 100), f"{queries:.1f}"
-        shown += text(stale, 2), bar(stale["median"], 100), f"{len(runs)}"
-        rows.append((str(ttl), *shown))
-    columns = ">TTL, s", ">hits, %", "", ">queries/s", ">stale answers, %", "", ">runs"
-    note = (
-        f"Simulated: {size.ttl_reads} reads/s of {size.ttl_keys:,} keys, wanted by Zipf's"
-        f" law; {size.ttl_reads / READS_PER_UPDATE:.1f} updates/s by the same law,\nnot by"
-        f" save_planet. {3 * WARM_UP} s are counted, not waited for, {WARM_UP} of them to"
-        " warm up."
-    )
-    return results, [table("Time to live", columns, rows), note]
+def ttl(bench):
+    """Hits and stale results by TTL, simulated
+
+    {ttl_reads} reads per second of {ttl_keys:,} keys by Zipf's law; for each 1,000 reads
+    one update by the same law, without invalidation. {ttl_seconds:,} seconds, which are
+    counted and not slept. The first 300 only fill the cache.
+    """
+    size = bench.ttl_keys, bench.ttl_reads, bench.ttl_seconds
+    hits, stale = zip(*(simulate(seconds, *size) for seconds in TTLS))
+    queries = [bench.ttl_reads * (1 - percent / 100) for percent in hits]
+    columns = {"TTL, s": "", "hits, %": ".1f", "stale results, %": ".1f"}
+    show({**columns, "queries per second": ".1f"}, zip(TTLS, hits, stale, queries))
+    hits, stale = ([round(number, 1) for number in column] for column in (hits, stale))
+    return TTL_CHART.format(TTLS=TTLS, hits=hits, stale=stale)
 
 
-# ---- Part 5: eviction
+def eviction(bench):
+    """Hits by eviction policy, with a Redis that is too small
 
-
-def memory(cache):
-    return cache.info("memory")["used_memory"]
-
-
-def eviction(size, track):
-    """The same reads from six servers in turn, all too small, each with its policy."""
-    keys, weights, runs = range(size.keys), zipf(size.keys), size.runs
-    found = {policy: collections.defaultdict(list) for policy in POLICIES}
-    with contextlib.ExitStack() as stack:
-        servers = stack.enter_context(Servers())
-
-        def start(*args):
-            server = servers.redis(*args)
-            return server, stack.enter_context(redis.Redis.from_url(server.url))
-
-        server, cache = start()
-        unused = memory(cache)
-        with cache.pipeline(transaction=False) as pipe:
-            for key in keys:
-                pipe.setex(f"key:{key}", 10 * KEEP, VALUE)
-            pipe.execute()
-        fifth = unused + (memory(cache) - unused) // 5
-        server.kill()
-        limit = "--maxmemory", fifth, "--maxmemory-policy"
-        caches = {policy: start(*limit, policy)[1] for policy in POLICIES}
-
-        news = 0
-        for kind in track([*["fill"] * 2, *runs * ["steady"], *runs * ["news"]]):
-            hits, refused = collections.Counter(), collections.Counter()
-            for rank in random.choices(keys, cum_weights=weights, k=size.reads):
-                news += kind == "news"
-                key = f"key:{(rank - news // READS_PER_NEWS) % size.keys}"
+    Memory for about a fifth of {eviction_keys:,} keys. {eviction_reads:,} reads by
+    Zipf's law fill it, as many are counted, and as many are counted with news: every 50
+    reads the least wanted key becomes the most wanted.
+    All keys have the same TTL and none expires, so volatile-ttl evicts the oldest.
+    noeviction stores nothing more when the memory is full.
+    """
+    count, reads, value = bench.eviction_keys, bench.eviction_reads, "x" * 500
+    hits, news = Counter(), 0
+    with Servers() as servers:
+        with plain(servers.redis()) as cache:
+            cache.setex("key:1", 600, value)
+            memory = cache.info("memory")["used_memory"]
+            memory += count // 5 * cache.memory_usage("key:1")
+        limit = "--maxmemory", memory, "--maxmemory-policy"
+        caches = {policy: plain(servers.redis(*limit, policy)) for policy in POLICIES}
+        for phase in "fill", "steady", "news":
+            for rank in random.choices(range(count), zipf(count), k=reads):
+                news += phase == "news"
+                key = f"key:{(rank - news // 50) % count}"
                 for policy, cache in caches.items():
                     if cache.get(key):
-                        hits[policy] += 1
-                        continue
-                    try:
-                        cache.setex(key, 10 * KEEP, VALUE)
-                    except redis.OutOfMemoryError:
-                        refused[policy] += 1
-            for policy in POLICIES:
-                found[policy][kind].append(100 * hits[policy] / size.reads)
-                found[policy]["refused"].append(refused[policy])
-        held = {policy: cache.dbsize() for policy, cache in caches.items()}
-    results, rows = [], []
-    for policy in POLICIES:
-        steady, news = (spread(found[policy][kind]) for kind in ("steady", "news"))
-        numbers = {"hits_percent": steady, "hits_with_news_percent": news, "runs": runs}
-        refused = sum(found[policy]["refused"])
-        numbers.update(keys_held=held[policy], writes_refused=refused)
-        results.append({"policy": policy, **numbers})
-        shown = text(steady, 1), bar(steady["median"], 100, 10), text(news, 1)
-        shown += bar(news["median"], 100, 10), f"{held[policy]:,}", f"{refused:,}"
-        rows.append((policy, *shown, f"{runs}"))
-    columns = "", ">hits, %", "", ">with news, %", "", ">keys held", ">refused", ">runs"
-    note = (
-        f"{server.version} with memory for a fifth of {size.keys:,} keys; a run is"
-        f" {size.reads:,} reads by Zipf's law.\nNews: every {READS_PER_NEWS} reads the key"
-        " that was wanted least becomes the first.\nAll keys have the same TTL and none"
-        " expires: volatile-ttl evicts what was stored first."
-    )
-    return results, [table("Eviction", columns, rows), note]
+                        hits[policy, phase] += 1
+                    else:
+                        with contextlib.suppress(redis.OutOfMemoryError):
+                            cache.setex(key, 600, value)
+    rows = [
+        [policy, hits[policy, "steady"] / reads, hits[policy, "news"] / reads]
+        for policy in POLICIES
+    ]
+    show({"maxmemory-policy": "", "hits": ".1%", "hits with news": ".1%"}, rows)
 
 
-# ---- All of it
+# ---- All parts
 
-PARTS = {part.__name__: part for part in (empty, limit, crowd, ttl, eviction)}
-ON_ENDPOINTS = {"empty", "limit", "crowd"}
-
-
-def machine():
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux says it here only
-        models = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = models[0] if models else name
-    return f"{os.cpu_count()} x {name}, {platform.system()} {platform.release()}"
-
-
-def versions(made):
-    found = [f"Python {platform.python_version()}"]
-    for package in "redis", "hiredis", "PyMySQL":
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"no {package}")
-    if made:
-        info = node(made.cache, "any").info("server")
-        valkey, number = info.get("valkey_version"), info["redis_version"]
-        found.append(f"Valkey server {valkey}" if valkey else f"Redis server {number}")
-        version = ask(made.db, "SELECT VERSION() AS version")[0]["version"]
-        product = "MariaDB" if "MariaDB" in version else "MySQL server"
-        found.append(f"{product} {version.split('-')[0]}")
-    return found
-
-
-def arguments():
-    look = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=look)
-    names = ", ".join(PARTS)
-    help = f"only these parts, of {names}; can be repeated"
-    parser.add_argument("--only", action="append", metavar="PART,...", help=help)
-    help = "the numbers, for a machine"
-    parser.add_argument("--json", type=Path, metavar="FILE", help=help)
-    help = "small sizes, to see whether it works; the numbers mean nothing"
-    parser.add_argument("--quick", action="store_true", help=help)
-    args = parser.parse_args()
-    args.only = ",".join(args.only or PARTS).split(",")
-    if unknown := [part for part in args.only if part not in PARTS]:
-        parser.error(f"no such part: {', '.join(unknown)}; there are {names}")
-    if args.json and not args.json.absolute().parent.is_dir():
-        parser.error(f"no such folder: {args.json.parent}")
-    return args
+PARTS = {part.__name__: part for part in (empty, limit, wire, crowd, ttl, eviction)}
 
 
 def main():
-    args, status, made = arguments(), 0, None
-    # Terminated, it must put things in order as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    size = SimpleNamespace(**{name: SIZES[name][args.quick] for name in SIZES})
-    sys.stdout.reconfigure(errors="replace")  # a terminal may have no bars
-    # In a file or a pipe rich would fold the tables at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-    aside = Console(stderr=True)
-    with contextlib.ExitStack() as stack:
-        if ON_ENDPOINTS.intersection(args.only):
-            made = stack.enter_context(bench(size))
-        result = {"machine": machine(), "versions": versions(made), "quick": args.quick}
-        console.print(f"{result['machine']}\n{', '.join(result['versions'])}")
-        for name, part in PARTS.items():
-            if name not in args.only:
-                continue
-            given = [made] if name in ON_ENDPOINTS else []
-            # Drawn between two measurements: a thread that draws would disturb them.
-            progress = Progress(console=aside, auto_refresh=False, transient=True)
-            progress.disable = not aside.is_terminal
-            track = functools.partial(progress.track, description=name)
-            try:
-                with progress:
-                    result[name], shown = part(size, track, *given)
-            except (ServerError, pymysql.Error, redis.RedisError) as error:
-                status = f"benchmark.py: {name}: stopped: {error}"
-                print(status, file=sys.stderr)
-                continue
-            console.print("", *shown, sep="\n")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return int(bool(status))
+    parser = argparse.ArgumentParser(description="Measure what the cache is worth.")
+    every = ",".join(PARTS)
+    parser.add_argument("--only", metavar="PART,...", default=every, help=every)
+    help = "small sizes, to test the benchmark; the numbers mean nothing"
+    parser.add_argument("--quick", action="store_true", help=help)
+    args = parser.parse_args()
+    only = args.only.split(",")
+    if not set(only) <= set(PARTS):
+        parser.error(f"the parts are {every}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    sizes = {name: SIZES[name][args.quick] for name in SIZES}
+    bench, charts = SimpleNamespace(**sizes, example=None), []
+    packages = [
+        f"{name} {metadata.version(name)}" for name in ("redis", "hiredis", "PyMySQL")
+    ]
+    print(
+        f"{os.cpu_count()} cores, Python {platform.python_version()}",
+        *packages,
+        sep=", ",
+    )
+    need_database = {"empty", "limit", "wire", "crowd"}.intersection(only)
+    with own_database(bench) if need_database else contextlib.nullcontext():
+        for name in only:
+            text = inspect.getdoc(PARTS[name]).format(**sizes)
+            print(f"\n## {text}\n", flush=True)
+            charts.append(PARTS[name](bench))
+            if bench.example and bench.example.warned_at:
+                sys.exit("benchmark.py: Redis failed, so these numbers are wrong")
+    for chart in filter(None, charts):
+        print(f"\n```mermaid\nxychart-beta\n{chart}\n```")
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (pymysql.Error, redis.RedisError) as error:
-        stop(error)
+    except (ServerError, redis.RedisError) as error:
+        sys.exit(f"benchmark.py: Redis: {error}")
+    except pymysql.Error as error:
+        hint = "the user must be allowed to CREATE and DROP a database"
+        sys.exit(f"benchmark.py: MySQL: {error.args[-1]}; {hint}")

@@ -4,8 +4,8 @@
         redis, mysql = servers.redis(), servers.mysql()
         subprocess.run(["python", "example.py"], env=servers.environment(redis, mysql))
 
-All they write is in one temporary folder.
-Servers and folder are gone afterwards, however the program that wanted them ended.
+All their files are in one temporary folder. At the end of the block the servers are
+killed and the folder is removed, even if the program itself was killed by then.
 """
 
 import contextlib
@@ -17,118 +17,102 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-START_TIMEOUT = 60  # seconds; MySQL on a slow disk needs ten for its first start
+START_TIMEOUT = 60  # seconds; on a slow disk the first start of MySQL takes ten
+
+PROGRAMS = {
+    # In Debian's redis-tools the server is there only as redis-check-rdb.
+    "redis": ["redis-server", "valkey-server", "redis-check-rdb", "valkey-check-rdb"],
+    "mysqld": ["mysqld", "mariadbd"],
+    "mysql": ["mysql", "mariadb"],
+}
+AS_ROOT = ["--user=root"] if os.geteuid() == 0 else []  # or mysqld refuses to run
+
+# Each process first adds its group to the list, and then becomes the command. So no
+# process is ever missing from the list. The minus sign tells kill that it is a group.
+LAUNCH = ': >"$0/running/-$$" && exec "$@"'
+
+# This shell waits for a line. If the program is killed, its end of the pipe closes, and
+# the shell does not wait any longer.
+CLEAN_UP = """
+    read -r line
+    mv "$0/running" "$0/ended"  # from now on no process can start
+    kill -s KILL -- $(ls "$0/ended")
+    rm -rf "$0" || { sleep 1; rm -rf "$0"; }  # a dying server can still write a file
+"""
 
 
 class ServerError(Exception):
     """A server is not installed or did not start; the text says why."""
 
 
-# ---------------------------------------------------------------- programs
-
-
 def find(*names):
-    """The first of these programs that is installed, or None."""
-    # mysqld is often where only root's PATH leads, or in none at all (Fedora).
+    """The path of the first of these programs that is installed, or None."""
+    # mysqld is often in a folder that only root's PATH has, or none (Fedora).
     folders = "/usr/sbin:/usr/local/sbin:/usr/libexec:/usr/local/bin:/opt/homebrew/bin"
     path = os.environ.get("PATH", os.defpath) + ":" + folders
     return next(filter(None, (shutil.which(name, path=path) for name in names)), None)
 
 
-def find_redis():
-    # Debian's redis-tools has the server, but under its other name only.
-    names = "redis-server", "valkey-server", "redis-check-rdb", "valkey-check-rdb"
-    return os.environ.get("LOCAL_REDIS") or find(*names)
+def find_program(kind):
+    """The program that LOCAL_REDIS or LOCAL_MYSQLD names, or one that is installed."""
+    return os.environ.get(f"LOCAL_{kind.upper()}") or find(*PROGRAMS[kind])
 
 
-def find_mysqld():
-    return os.environ.get("LOCAL_MYSQLD") or find("mysqld", "mariadbd")
-
-
-def find_client():
-    return find("mysql", "mariadb")
-
-
-def version(*command):
+def find_server(kind, *options):
+    """The path of a server program, and its version, such as "Redis 8.0.1"."""
+    program = find_program(kind) or PROGRAMS[kind][0]
+    # redis-check-rdb is the server if it is called by any other name.
+    command = ["server", *options, "--version"]
     try:
-        printed = subprocess.check_output([*command, "--version"], text=True)
+        text = subprocess.check_output(command, executable=program, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise ServerError(f"not a server: {error}") from None
-    return printed.strip()
-
-
-def is_free(port):
-    with socket.socket() as probe, contextlib.suppress(OSError):
-        probe.bind(("127.0.0.1", port))
-        return True
-    return False
+    names = [name for name in ("Redis", "Valkey", "MariaDB") if name in text]
+    number = re.search(r"(?:v=|Ver )([\d.]+)", text)
+    return program, f"{(*names, 'MySQL')[0]} {number[1] if number else text.strip()}"
 
 
 def free_port():
-    # Above 32767 the kernel picks the ports of outgoing connections: one of them
-    # could take the port of a server that a test has just killed.
-    # Redis Cluster needs a second port, 10000 above.
-    return next(filter(is_free, (random.randint(15000, 32000) for _ in range(1000))))
+    # From 32768 on the kernel uses ports for outgoing connections. One of them could
+    # take the port of a server that a test has just killed.
+    while True:
+        port = random.randint(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
-# ---------------------------------------------------------------- servers
+def launch(folder, command, **options):
+    """Start a process that the Servers of this folder end, and its group if it leads one."""
+    return subprocess.Popen(["sh", "-c", LAUNCH, folder, *command], **options)
 
 
 class Server:
     """One server process. `kill` and `start` keep its port, password and data."""
 
-    def __init__(self, folder, args, port):
-        self.folder = folder
+    def __init__(self, folder, args, port, password=None):
+        self.folder, self.log, self.socket = folder, folder / "log", folder / "socket"
         self.args = [str(arg) for arg in args]
-        self.log = folder / "log"
-        self.socket = folder / "socket"
-        self.process = None
         self.port = port or free_port()
+        self.password = secrets.token_hex(16) if password is None else password
+        # In a file, because every user of a machine can read its command lines.
+        self.config = folder / "config"
+        self.config.write_text(self.CONFIG.format(**vars(self)))
         self.prepare()
-        while True:
-            try:
-                self.start()
-                break
-            except ServerError:
-                # Did somebody else take the port since it was free?
-                if port or is_free(self.port):
-                    raise
-                self.port = free_port()
-
-    @property
-    def pid(self):
-        return self.process.pid
+        self.start()
 
     def start(self):
-        """Start the server and wait until it answers."""
+        """Start the server and wait until it replies."""
         self.launch(*self.command())
         deadline = time.monotonic() + START_TIMEOUT
         while not self.answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.fail()
             time.sleep(0.02)
-
-    def kill(self):
-        """End the server as a power cut would."""
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-            # The system may soon give this number to another process.
-            (self.folder.parent / "pids" / str(self.pid)).unlink(missing_ok=True)
-
-    def pause(self):
-        """Make the server hang: it accepts connections but never answers."""
-        os.kill(self.pid, signal.SIGSTOP)
-        # The signal may still be under way when kill() returns.
-        os.waitpid(self.pid, os.WUNTRACED)
-
-    def resume(self):
-        os.kill(self.pid, signal.SIGCONT)
 
     def launch(self, *command):
         with open(self.log, "wb") as log:
@@ -138,36 +122,59 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # A Ctrl-C is meant for the test, not for its servers.
-                start_new_session=True,
+                start_new_session=True,  # Ctrl-C is not meant for the servers
             )
 
-    def ask(self, question):
-        # By the socket file, not the port: that can only be this very server, and
-        # it works the same when the port speaks TLS.
+    def answers(self):
+        # MySQL sends the first message. Redis can reply that a password is needed.
+        reply = self.ask(b"PING\r\n")
+        return bool(reply) and not reply.startswith(b"-LOADING")
+
+    def ask(self, request):
+        """The first bytes that the server sends, or none."""
+        # The socket file can only be this server's, and needs no TLS.
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(1)
             try:
                 connection.connect(str(self.socket))
-                connection.sendall(question)
+                connection.sendall(request)
                 return connection.recv(100)
             except OSError:
                 return b""
 
+    def kill(self):
+        """End the server as a power cut would."""
+        self.process.kill()
+        self.process.wait()
+        # The system can give this number to another process from now on.
+        listed = self.folder.parent / "running" / f"-{self.process.pid}"
+        listed.unlink(missing_ok=True)
+
+    def pause(self):
+        """Make the server hang: it accepts connections but never replies."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)  # until it has stopped
+
+    def resume(self):
+        os.kill(self.process.pid, signal.SIGCONT)
+
     def fail(self):
         self.kill()
         text = self.log.read_text(errors="replace")
-        hint = ""
-        if "denied" in text:
-            hint = " (does AppArmor confine it to its own folders?)"
-        tail = "\n".join(text.splitlines()[-15:]) or "(nothing)"
+        hint = " (does AppArmor confine it?)" if "denied" in text else ""
+        tail = "\n".join(text.splitlines()[-15:])
         raise ServerError(f"{self.version} did not start{hint}; its log ends:\n{tail}")
 
 
 class Redis(Server):
-    def __init__(self, folder, args, port, password):
-        self.password = secrets.token_hex(16) if password is None else password
-        super().__init__(folder, args, port)
+    CONFIG = """
+        bind 127.0.0.1
+        port {port}
+        requirepass "{password}"
+        unixsocket "{socket}"
+        dir "{folder}"
+        save ""
+    """
 
     @property
     def url(self):
@@ -175,108 +182,67 @@ class Redis(Server):
         return f"redis://{login}127.0.0.1:{self.port}/0"
 
     def prepare(self):
-        self.program = find_redis()
-        if not self.program:
-            raise ServerError("no redis-server or valkey-server is installed")
-        if "check-rdb" in self.program:
-            # It is the server, too: it goes by the name that it is called by.
-            server = self.folder / "redis-server"
-            server.symlink_to(self.program)
-            self.program = server
-        text = version(self.program)
-        name = re.search(r"(\w+) server v=([\d.]+)", text)
-        self.version = " ".join(name.groups()) if name else text
-        # In a file, because everybody can read the command lines of a machine.
-        self.config = private_file(self.folder / "config")
-        if self.password:
-            self.config.write_text(f"requirepass {self.password}\n")
+        program, self.version = find_server("redis")
+        self.program = self.folder / "redis-server"
+        self.program.symlink_to(program)
 
     def command(self):
-        return [
-            *[self.program, self.config],
-            *["--bind", "127.0.0.1", "--port", str(self.port)],
-            *["--unixsocket", self.socket, "--dir", self.folder],
-            *["--save", "", "--appendonly", "no"],
-            *self.args,
-        ]
-
-    def answers(self):
-        answer = self.ask(b"PING\r\n")
-        return bool(answer) and not answer.startswith(b"-LOADING")
+        return [self.program, self.config, *self.args]
 
 
 class MySQL(Server):
+    # Options that only MySQL or only MariaDB knows begin with "loose". MySQL's mysqlx
+    # would be a second port, the same for all servers.
+    CONFIG = """
+        [client]
+        user = root
+        password = {password}
+        socket = "{socket}"
+
+        [mysqld]
+        bind-address = 127.0.0.1
+        port = {port}
+        socket = "{socket}"
+        datadir = "{folder}/data"
+        tmpdir = "{folder}"
+        secure-file-priv = "{folder}"
+        loose-innodb-log-file-size = 8M
+        loose-innodb-redo-log-capacity = 8M
+        loose-skip-log-bin
+        loose-mysqlx = OFF
+    """
     user = "root"
 
-    def __init__(self, folder, args, port):
-        self.password = secrets.token_hex(16)
-        super().__init__(folder, args, port)
-
     def prepare(self):
-        self.program = find_mysqld()
-        if not self.program:
-            raise ServerError("no mysqld or mariadbd is installed")
-        text = version(self.program, "--no-defaults")
-        name = re.search(r"Ver ([\d.]+)", text)
-        product = "MariaDB" if "MariaDB" in text else "MySQL"
-        self.version = f"{product} {name[1]}" if name else text
-
-        # 8 MB of redo log instead of 100. What a server does not know, it skips.
-        self.options = [
-            f"--datadir={self.folder / 'data'}",
-            f"--tmpdir={self.folder}",
-            "--loose-innodb-log-file-size=8M",
-            "--loose-innodb-redo-log-capacity=8M",
-        ]
-        if product == "MariaDB":
+        self.program, self.version = find_server("mysqld", "--no-defaults")
+        options = [f"--defaults-file={self.config}"]
+        create = [self.program, *options, *AS_ROOT, "--initialize-insecure"]
+        if "MariaDB" in self.version:
             install = find("mariadb-install-db", "mysql_install_db")
-            if not install:
-                raise ServerError("no mariadb-install-db is installed")
-            # Without this method there would be more accounts, with no password.
-            create = [install, "--no-defaults", "--skip-test-db"]
-            create += ["--auth-root-authentication-method=socket"]
-            create += ["--auth-root-socket-user=root"]
-        else:
-            create = [self.program, "--no-defaults", *as_root()]
-            create += ["--initialize-insecure"]
-        self.launch(*create, *self.options)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(START_TIMEOUT)
-        if self.process.returncode != 0:
+            # By default it makes more accounts, which have no password.
+            options += ["--auth-root-authentication-method=socket"]
+            options += ["--auth-root-socket-user=root", "--skip-test-db"]
+            # A bare container has no /etc/hosts; without --force this would matter.
+            create = [install or "mariadb-install-db", *options, "--force"]
+        self.launch(*create)
+        if self.process.wait():
             self.fail()
-        self.kill()  # it has ended: no more than taken off the list
-
-        # The server runs this before it lets anybody in.
-        self.init = private_file(self.folder / "init.sql")
-        self.init.write_text(
-            f"ALTER USER 'root'@'localhost' IDENTIFIED BY '{self.password}';\n"
-        )
-        self.login = private_file(self.folder / "login")
-        self.login.write_text(
-            f"[client]\nuser=root\npassword={self.password}\nsocket={self.socket}\n"
-        )
+        self.kill()  # it has ended; this takes it off the list
+        # The server runs this file before it accepts connections.
+        self.init = self.folder / "init.sql"
+        account = f"'root'@'localhost' IDENTIFIED BY '{self.password}'"
+        self.init.write_text(f"ALTER USER {account};\n")
 
     def command(self):
-        return [
-            *[self.program, "--no-defaults", *as_root(), *self.options],
-            *["--bind-address=127.0.0.1", f"--port={self.port}"],
-            *[f"--socket={self.socket}", f"--init-file={self.init}"],
-            # A distribution's own folder for it may be closed to us: no start.
-            f"--secure-file-priv={self.folder}",
-            # MySQL would listen on a second port, the same one for every server.
-            *["--loose-skip-log-bin", "--loose-mysqlx=OFF"],
-            *self.args,
-        ]
-
-    def answers(self):
-        return bool(self.ask(b""))  # the server speaks first
+        options = [f"--defaults-file={self.config}", *AS_ROOT]
+        return [self.program, *options, f"--init-file={self.init}", *self.args]
 
     def client(self, sql):
         """What the mysql command prints for SQL text or for a file of it."""
         if isinstance(sql, Path):
             sql = sql.read_text(encoding="utf-8")
         result = subprocess.run(
-            [find_client() or "mysql", f"--defaults-file={self.login}"],
+            [find_program("mysql"), f"--defaults-file={self.config}"],
             input=sql,
             capture_output=True,
             encoding="utf-8",
@@ -287,113 +253,46 @@ class MySQL(Server):
         return result.stdout
 
 
-def as_root():
-    """What mysqld must be told before it agrees to run as root."""
-    # mariadb-install-db is not told: it would change files of the system for it.
-    return ["--user=root"] if os.geteuid() == 0 else []
-
-
-def private_file(path):
-    path.touch(mode=0o600)
-    return path
-
-
-# ---------------------------------------------------------------- all of them
-
-
 class Servers:
     """A temporary folder with servers in it, as a context manager."""
 
     def __enter__(self):
         base = tempfile.gettempdir()
-        # The name of a socket file can have no more than about a hundred bytes.
-        if len(os.fsencode(base)) > 60:
-            base = "/tmp"
+        # The path of a socket file can have about a hundred bytes, and
+        # mariadb-install-db fails if there is a space in it.
+        base = base if re.fullmatch(r"\S{1,60}", base) else "/tmp"
         self.folder = Path(tempfile.mkdtemp(prefix="local-", dir=base))
-        (self.folder / "pids").mkdir()
-        self.owner = os.getpid()
+        (self.folder / "running").mkdir()
         self.started = []
-        # It cleans up when this process could not: SIGKILL, a crash, a closed terminal.
-        self.watcher = subprocess.Popen(
-            [sys.executable, "-I", __file__, self.folder, str(self.owner)],
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+        self.cleaner = subprocess.Popen(
+            ["sh", "-c", CLEAN_UP, self.folder],
+            stdin=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         return self
 
     def __exit__(self, *_):
-        if os.getpid() != self.owner:
-            return  # a fork of the owner: the servers are not its own
+        self.cleaner.communicate(b"\n")
         for server in self.started:
-            server.kill()
-        clean_up(self.folder)
-        self.watcher.kill()
-        self.watcher.wait()
+            server.process.wait()
 
     def redis(self, *args, port=None, password=None):
-        return self.add(Redis(self.subfolder("redis-"), args, port, password))
+        return self.add(Redis, args, port, password)
 
     def mysql(self, *args, port=None):
-        return self.add(MySQL(self.subfolder("mysql-"), args, port))
+        return self.add(MySQL, args, port)
 
-    def add(self, server):
+    def add(self, kind, *args):
+        server = kind(Path(tempfile.mkdtemp(dir=self.folder)), *args)
         self.started.append(server)
         return server
 
-    def subfolder(self, prefix):
-        return Path(tempfile.mkdtemp(prefix=prefix, dir=self.folder))
-
     def environment(self, redis, mysql):
-        """The whole environment of a command that shall use these servers."""
-        environment = {
-            **os.environ,
-            "REDIS_URL": redis.url,
-            "DB_HOST": "127.0.0.1",
-            "DB_PORT": str(mysql.port),
-            "DB_USER": mysql.user,
-            "DB_PASS": mysql.password,
-            "DB_NAME": "tutorial",
-        }
-        # The CA of somebody's real database would refuse this one.
+        """The whole environment of a command that uses these servers."""
+        environment = dict(os.environ, REDIS_URL=redis.url, DB_NAME="tutorial")
+        environment.update(DB_HOST="127.0.0.1", DB_PORT=str(mysql.port))
+        environment.update(DB_USER=mysql.user, DB_PASS=mysql.password)
+        # With the CA of another database, this one would be refused.
         environment.pop("DB_SSL_CA", None)
         return environment
-
-
-def launch(folder, command, **options):
-    """Start a process that clean_up(folder) will end, if it leads its own group."""
-    # The process lists itself and only then becomes the command, so that there is
-    # never one that runs and is not listed.
-    script = ': >"$0/$$" && exec "$@"'
-    return subprocess.Popen(["sh", "-c", script, folder / "pids", *command], **options)
-
-
-def clean_up(folder):
-    """End every process that is listed in the folder, and remove the folder."""
-    # Once the list is renamed no process can list itself, and so none can start.
-    ended = folder / "ended"
-    with contextlib.suppress(FileNotFoundError):
-        (folder / "pids").rename(ended)
-    for entry in ended.glob("*"):
-        # With the whole group, for mariadb-install-db has children.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(int(entry.name), signal.SIGKILL)
-    for _ in range(100):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            break
-        time.sleep(0.1)  # a dying server still wrote a file
-
-
-def watch(folder, owner):
-    """Clean up after the owner, this process's parent, once it is no more."""
-    # Not by waiting for the end of a pipe: any fork of the owner would keep it open.
-    while os.getppid() == owner:
-        time.sleep(0.2)
-    clean_up(folder)
-
-
-if __name__ == "__main__":
-    watch(Path(sys.argv[1]), int(sys.argv[2]))

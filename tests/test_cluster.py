@@ -49,7 +49,7 @@ def load_for():
 
         def load_for(url):
             module = load(REDIS_URL=url)
-            stack.callback(lambda: module.connect().close())
+            stack.callback(lambda: module.redis_client().close())
             return module
 
         yield load_for
@@ -180,7 +180,7 @@ def test_a_cluster_that_is_down_at_import_is_found_when_it_comes_up(
 ):
     port = free_port()
     module = load_for(f"redis://:a-secret@127.0.0.1:{port}")
-    module.REST = 0.1
+    module.REDIS_PAUSE = 0.1
 
     def is_right():
         start = time.monotonic()

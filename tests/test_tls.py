@@ -142,7 +142,7 @@ def test_a_redis_over_tls_that_hangs_or_restarts_costs_no_more_than_one_without(
 ):
     server = start_redis(new_servers, authority, "127.0.0.1")
     module = load(REDIS_URL=tls_url(server, server.port, authority))
-    module.REST = 0.1
+    module.REDIS_PAUSE = 0.1
     file, password = str(server.socket), server.password
     with redis.Redis(unix_socket_path=file, password=password) as cache:
         for break_it, mend_it in (
