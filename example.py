@@ -8,34 +8,32 @@ Promises:
 - A hit returns what the miss returned, in values and types. It takes hardly longer than
   the bare Redis call, and 10,000 rows come several times faster than from MySQL.
 - If many callers miss the same key, one queries MySQL and the others wait for it.
-- If Redis is away, full or holds garbage, calls query MySQL instead, and a warning of
-  this kind is logged at most once a minute. One process runs at most MAX_QUERIES queries
-  at a time, so that MySQL is not flooded.
+- If Redis is away, full or holds garbage, calls query MySQL instead, and a warning is
+  logged, the same one at most once a minute. One process runs at most MAX_QUERIES
+  queries at a time, so that MySQL is not flooded.
 - A planet(id) that begins after save_planet has returned finds the new record.
 - fetch runs in a read-only session, and a value in Redis cannot run code.
 - Threads and forks do not share connections. A connection that MySQL has closed is
-  replaced, and a query or save that its caller has given up is ended in MySQL, too.
+  replaced. A query, or a wait for a lock, whose caller has given up ends in MySQL, too.
 - A setting that is missing or malformed is named in one line.
 
 Limits:
 - A row that is changed or added in another way is old or missing for up to TTL seconds.
   So is what fetch has cached of a saved planet. invalidate(key) removes a key at once.
-- If Redis cannot be reached or refuses to write during a save, or loses it in a
-  failover, every process may find the old record for up to TTL seconds.
-- While Redis is away or full, callers do not share a query, nor do they share an error:
-  if a query fails, the next caller tries it. A load that takes longer than LOCK_TTL may
-  be done twice.
+- If Redis cannot be reached, or refuses to write, during a save, every process may find
+  the old record for up to TTL seconds. A failover of Redis may bring it back, too.
+- While Redis is away or full, callers do not share a query. Errors are never shared: if
+  a query fails, the next caller tries it. A load that takes longer than LOCK_TTL may be
+  done twice.
 - A caller that gets no turn for MYSQL_TIMEOUT raises pymysql.OperationalError. If MySQL
   hangs, a call may take half a minute.
-- A result that takes longer than REDIS_TIMEOUT to send, many MB, is not cached, and its
-  callers load it one after another.
 - Keys do not name the database: give each database a Redis of its own.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS) of a single node, any node of a
 cluster or a serverless cache; DB_HOST, DB_USER, DB_PASS, DB_NAME. Optional: DB_PORT, and
 DB_SSL_CA, a file of certificate authorities: MySQL must then show a certificate of one
-of them. Needs Python 3.9, the packages in requirements.txt, MySQL 5.7 or MariaDB 10.1
-(the primary, not a replica), or newer, and the table in seed.sql.
+of them. Needs Python 3.9, the packages in requirements.txt, MySQL 5.7.20 or
+MariaDB 10.1 (the primary, not a replica), or newer, and the table in seed.sql.
 """
 
 import functools
@@ -54,18 +52,24 @@ import pymysql
 import redis
 
 # All times are in seconds.
-TTL = 10  # how long Redis keeps a result; int() cuts off what Redis would refuse
+TTL = 10  # how long Redis keeps a result; Redis refuses fractions, so int() is applied
 REDIS_TIMEOUT = 0.2  # the longest wait for one reply from Redis
 REDIS_PAUSE = 5  # how long Redis is not used after it failed, even by one late reply
 MYSQL_TIMEOUT = 5  # the longest wait for one reply from MySQL
 MAX_QUERIES = 10  # at a time in one process; MySQL's max_connections must allow for it
 LOCK_TTL = MYSQL_TIMEOUT + 1  # the lock of a process that has died is free after this
 MAX_WAIT = 2 * LOCK_TTL  # how long the others wait: time for two callers to load
-POLL = 0.05  # how often they look for the result
-WARN_EVERY = 60  # a warning is not repeated within this time
+POLL_EVERY = 0.05  # how often they look for the result
+WARN_EVERY = 60  # the same warning is not repeated within this time
+MAX_SIZE = 5_000_000  # characters; to send more could take longer than REDIS_TIMEOUT
 
 MISS = object()  # what a look-up returns if the key is not in Redis
-NO_ROW = {"absent": ""}  # the hash for "no such row". It is no row: "" is not JSON.
+NO_ROW = {"absent": ""}  # the hash for "no such row"; the fields of a row are JSON
+
+# A RedisClusterException, that a part of a cluster is out of reach, is no RedisError.
+REDIS_ERRORS = (redis.RedisError, redis.exceptions.RedisClusterException)
+# ExecAbortError: it became full between MULTI and EXEC.
+REDIS_IS_FULL = (redis.OutOfMemoryError, redis.exceptions.ExecAbortError)
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +102,9 @@ def fetch(sql, args=None):
         return query(sql, args)
 
     def store(pipe, rows):
-        pipe.setex(key, int(TTL), serialize(rows))
+        text = serialize(rows)
+        if len(text) <= MAX_SIZE:
+            pipe.setex(key, int(TTL), text)
 
     return cache_aside(key, read, load, store)
 
@@ -182,13 +188,14 @@ def cache_aside(key, read, load, store):
         load = functools.cache(load)
 
         # One caller gets the lock and loads. The others look for its result in Redis.
-        # After MAX_WAIT they stop waiting and load without the lock.
+        # After MAX_WAIT they stop waiting and load without the lock. The lock only saves
+        # queries; that nothing old is stored does not depend on it.
         lock = client.lock(f"lock:{key}", timeout=LOCK_TTL)
         deadline = time.monotonic() + MAX_WAIT
         while not lock.acquire(blocking=False):
             if time.monotonic() > deadline:
                 return load()
-            time.sleep(POLL)
+            time.sleep(POLL_EVERY)
             if (result := look_up(client, read)) is not MISS:
                 return result
         try:
@@ -247,7 +254,7 @@ def invalidate(key):
         #    have read the old record, and the next caller must not wait for that.
         client.delete(key, f"lock:{key}")
     except REDIS_ERRORS as error:
-        redis_failed(error, pause=True)  # save_planet must not return the old record
+        redis_failed(error, always_pause=True)  # so as not to read the old record next
 
 
 def look_up(client, read):
@@ -255,7 +262,7 @@ def look_up(client, read):
     try:
         return read(client)
     except Exception as error:
-        # Redis failed: that is for the caller. But WRONGTYPE only says that the key holds
+        # If Redis failed, that is for the caller. WRONGTYPE is no failure: the key holds
         # another kind of value, such as a list. All other errors come from decoding.
         if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
             raise
@@ -337,10 +344,6 @@ except (TypeError, ValueError, redis.RedisError):
     # Not with the text of this error: it could show the password.
     raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
 
-# RedisClusterException, a part of a cluster is out of reach, is not a RedisError.
-REDIS_ERRORS = (redis.RedisError, redis.exceptions.RedisClusterException)
-# ExecAbortError: it became full between MULTI and EXEC.
-REDIS_IS_FULL = (redis.OutOfMemoryError, redis.exceptions.ExecAbortError)
 paused_until = 0  # the time.monotonic() at which Redis is used again
 warned_at = {}  # warning -> the time.monotonic() at which it was logged
 
@@ -358,12 +361,12 @@ def redis_is_paused():
     return time.monotonic() < paused_until
 
 
-def redis_failed(error, pause=False):
+def redis_failed(error, always_pause=False):
     """Log the error, and decide how to go on.
 
     If Redis is full, go on: it still serves hits. If it is read-only, go on with a new
     connection: after a failover the host name leads to another node. After any other
-    error, or if pause is true, do not use Redis for REDIS_PAUSE seconds.
+    error, or if always_pause, do not use Redis for REDIS_PAUSE seconds.
     """
     global paused_until
     if redis_is_paused():  # a save uses Redis even now, but does not prolong the pause
@@ -373,7 +376,7 @@ def redis_failed(error, pause=False):
     if isinstance(error, REDIS_IS_FULL):
         return
     redis_client.cache_clear()
-    if isinstance(error, redis.ReadOnlyError) and not pause:
+    if isinstance(error, redis.ReadOnlyError) and not always_pause:
         return
     paused_until = time.monotonic() + REDIS_PAUSE
 
@@ -391,7 +394,7 @@ def warn(problem, reason):
 # One statement that both MySQL and MariaDB understand: /*! is for MySQL, /*M! for
 # MariaDB. The session is read-only, so that fetch cannot change data. MySQL ends a query,
 # or a wait for a lock, that its caller no longer waits for.
-SESSION = f"""SET SESSION
+SESSION_SETTINGS = f"""SET SESSION
     /*!50720 transaction_read_only = 1, max_execution_time = {MYSQL_TIMEOUT * 1000}, */
     /*M!100101 tx_read_only = 1, max_statement_time = {MYSQL_TIMEOUT}, */
     innodb_lock_wait_timeout = 2, lock_wait_timeout = 2"""
@@ -407,7 +410,7 @@ MYSQL_OPTIONS = {
     "cursorclass": pymysql.cursors.DictCursor,
     # Without autocommit, one transaction never ends and always sees the same data.
     "autocommit": True,
-    "init_command": SESSION,
+    "init_command": SESSION_SETTINGS,
     "connect_timeout": MYSQL_TIMEOUT,
     "read_timeout": MYSQL_TIMEOUT,
     "write_timeout": MYSQL_TIMEOUT,
@@ -425,6 +428,9 @@ def slots_and_idle(pid):
     return threading.Semaphore(MAX_QUERIES), []
 
 
+slots_and_idle(os.getpid())  # now, because two threads at once would make two of them
+
+
 @contextmanager
 def mysql_connection():
     """Lend a connection to one caller. Raise if no slot is free for MYSQL_TIMEOUT."""
@@ -432,14 +438,14 @@ def mysql_connection():
     if not slots.acquire(timeout=MYSQL_TIMEOUT):
         raise pymysql.OperationalError(1040, f"{MAX_QUERIES} queries are running here")
     try:
-        connection = take_open(idle) or pymysql.connect(**MYSQL_OPTIONS)
+        connection = take_idle(idle) or pymysql.connect(**MYSQL_OPTIONS)
         yield connection
         idle.append(connection)  # not after an error: its state is unknown then
     finally:
         slots.release()
 
 
-def take_open(idle):
+def take_idle(idle):
     """Take an idle connection. Return None if there is none, or MySQL has closed it."""
     with suppress(IndexError, pymysql.Error):
         connection = idle.pop()

@@ -36,17 +36,17 @@ def late(mysql_server):
 def with_late_reply(late, function, *args):
     """Begin a call, and wait until MySQL has replied to it but the caller does not know."""
     module, relay = late
-    take_open = module.take_open
+    take_idle = module.take_idle
 
     def hold(idle):
-        connection = take_open(idle)
-        module.take_open = take_open
+        connection = take_idle(idle)
+        module.take_idle = take_idle
         relay.hold()
         return connection
 
     def call():
         module.fetch("SELECT 'connected'")
-        module.take_open = hold
+        module.take_idle = hold
         return function(*args)
 
     future = begin(call)
@@ -172,8 +172,8 @@ def test_a_reader_whose_store_itself_is_late_does_not_undo_a_save(
 def test_readers_everywhere_see_no_older_record_after_a_save(example, cache, db):
     readers = [load() for _ in range(4)]
     for reader in readers:
-        reader.POLL = 0.005
-    example.POLL = 0.005
+        reader.POLL_EVERY = 0.005
+    example.POLL_EVERY = 0.005
     saved = 0
     over = threading.Event()
 
@@ -209,7 +209,7 @@ def test_savers_at_once_leave_the_cache_equal_to_the_database(example, other, db
         together.wait(10)
         return module.save_planet(1, name)
 
-    example.POLL = other.POLL = 0.005
+    example.POLL_EVERY = other.POLL_EVERY = 0.005
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
         for number in range(50):
             names = f"A{number}", f"B{number}"
