@@ -26,7 +26,9 @@ Limits:
   a query fails, the next caller tries it. A load that takes longer than LOCK_TTL may be
   done twice.
 - A caller that gets no turn for MYSQL_TIMEOUT raises pymysql.OperationalError. If MySQL
-  hangs, a call may take half a minute.
+  hangs, a call may take half a minute: MAX_WAIT, and MYSQL_TIMEOUT several times.
+- One reply later than REDIS_TIMEOUT counts as a failure of Redis. So does a result that
+  takes longer to send, of many MB.
 - Keys do not name the database: give each database a Redis of its own.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS) of a single node, any node of a
@@ -52,23 +54,22 @@ import pymysql
 import redis
 
 # All times are in seconds.
-TTL = 10  # how long Redis keeps a result; Redis refuses fractions, so int() is applied
+TTL = 10  # how long Redis keeps a result, in whole seconds
 REDIS_TIMEOUT = 0.2  # the longest wait for one reply from Redis
-REDIS_PAUSE = 5  # how long Redis is not used after it failed, even by one late reply
+REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for one reply from MySQL
 MAX_QUERIES = 10  # at a time in one process; MySQL's max_connections must allow for it
-LOCK_TTL = MYSQL_TIMEOUT + 1  # the lock of a process that has died is free after this
-MAX_WAIT = 2 * LOCK_TTL  # how long the others wait: time for two callers to load
+LOCK_TTL = MYSQL_TIMEOUT + 1  # if a process that loads dies, its lock expires
+MAX_WAIT = 2 * LOCK_TTL  # how long callers wait for another one to load
 POLL_EVERY = 0.05  # how often they look for the result
 WARN_EVERY = 60  # the same warning is not repeated within this time
-MAX_SIZE = 5_000_000  # characters; to send more could take longer than REDIS_TIMEOUT
 
 MISS = object()  # what a look-up returns if the key is not in Redis
 NO_ROW = {"absent": ""}  # the hash for "no such row"; the fields of a row are JSON
 
-# A RedisClusterException, that a part of a cluster is out of reach, is no RedisError.
+# A RedisClusterException means that a part of a cluster cannot be reached.
 REDIS_ERRORS = (redis.RedisError, redis.exceptions.RedisClusterException)
-# ExecAbortError: it became full between MULTI and EXEC.
+# An ExecAbortError means that Redis became full between MULTI and EXEC.
 REDIS_IS_FULL = (redis.OutOfMemoryError, redis.exceptions.ExecAbortError)
 
 log = logging.getLogger(__name__)
@@ -102,9 +103,7 @@ def fetch(sql, args=None):
         return query(sql, args)
 
     def store(pipe, rows):
-        text = serialize(rows)
-        if len(text) <= MAX_SIZE:
-            pipe.setex(key, int(TTL), text)
+        pipe.setex(key, int(TTL), serialize(rows))
 
     return cache_aside(key, read, load, store)
 
@@ -188,8 +187,8 @@ def cache_aside(key, read, load, store):
         load = functools.cache(load)
 
         # One caller gets the lock and loads. The others look for its result in Redis.
-        # After MAX_WAIT they stop waiting and load without the lock. The lock only saves
-        # queries; that nothing old is stored does not depend on it.
+        # After MAX_WAIT they stop waiting and load without the lock. This only saves
+        # queries: what keeps old results out of Redis is WATCH, in load_and_store.
         lock = client.lock(f"lock:{key}", timeout=LOCK_TTL)
         deadline = time.monotonic() + MAX_WAIT
         while not lock.acquire(blocking=False):
@@ -232,8 +231,8 @@ def load_and_store(client, key, read, load, store):
         try:
             pipe.execute()
         except redis.WatchError as error:
-            # The key was changed: the result is not stored. redis-py raises the same,
-            # in other words, if the connection was lost.
+            # The key was changed: the result is not stored. redis-py raises this error,
+            # with another message, if the connection was lost, too.
             if "Watched variable" not in str(error):
                 raise
         return result
@@ -243,18 +242,23 @@ def invalidate(key):
     """Remove a key from Redis. Call it after each change of its row in MySQL."""
     try:
         client = redis_client()
-        # 1. Change the key, so that Redis refuses what a slow reader wants to store. If
-        #    the key is not there, only SET changes it. A full Redis refuses the SET.
-        pipe = client.pipeline(transaction=True)
-        pipe.set(key, "")
-        pipe.delete(key)
-        with suppress(redis.ResponseError):
-            pipe.execute()
-        # 2. Remove the key, which even a full Redis does, and the lock: its owner may
-        #    have read the old record, and the next caller must not wait for that.
+        refuse_slow_readers(client, key)
+        # Without the lock, the next caller does not wait for a slow reader either.
         client.delete(key, f"lock:{key}")
     except REDIS_ERRORS as error:
-        redis_failed(error, always_pause=True)  # so as not to read the old record next
+        redis_failed(error, always_pause=True)  # the old record may still be there
+
+
+def refuse_slow_readers(client, key):
+    """Change the key, so that Redis refuses the EXEC of those who WATCH it.
+
+    To DELETE a key that is not there would be no change; to SET it is one.
+    """
+    pipe = client.pipeline(transaction=True)
+    pipe.set(key, "")
+    pipe.delete(key)
+    with suppress(*REDIS_IS_FULL):  # then it refuses the slow reader's EXEC as well
+        pipe.execute()
 
 
 def look_up(client, read):
@@ -273,7 +277,9 @@ def look_up(client, read):
 
 # ---- Serialization: JSON, because unpickling a value could run code
 
-# The types that JSON lacks: how to write and how to read a value
+# Decimal("1.50") becomes {"Decimal": "1.50"}. A column of such values becomes one object,
+# {"Decimal": ["1.50", "2.00"]}, which is read much faster than one for each value.
+# These are the types that JSON lacks: how to write a value, and how to read it.
 CODECS = {
     "Decimal": (str, Decimal),
     "datetime": (datetime.isoformat, datetime.fromisoformat),
@@ -284,13 +290,13 @@ CODECS = {
 
 
 def encode(value):
-    """Decimal("1.50") becomes {"Decimal": "1.50"}."""
+    """Return what JSON stores for a value of a type that it lacks."""
     name = type(value).__name__
     return {name: CODECS[name][0](value)}
 
 
 def encode_column(values):
-    """[Decimal("1.50"), Decimal("2.00")] becomes {"Decimal": ["1.50", "2.00"]}."""
+    """Return what JSON stores for a column. Only if all have one type, one object."""
     name = type(values[0]).__name__
     if name not in CODECS or {type(value).__name__ for value in values} != {name}:
         return values  # encode is then called for each value that JSON lacks
@@ -298,7 +304,7 @@ def encode_column(values):
 
 
 def decode(pairs):
-    """Reverse encode and encode_column. pairs: [("Decimal", "1.50")]"""
+    """Reverse encode and encode_column, for the pairs of one JSON object."""
     [(name, value)] = pairs
     convert = CODECS[name][1]
     return list(map(convert, value)) if isinstance(value, list) else convert(value)
@@ -364,9 +370,10 @@ def redis_is_paused():
 def redis_failed(error, always_pause=False):
     """Log the error, and decide how to go on.
 
-    If Redis is full, go on: it still serves hits. If it is read-only, go on with a new
-    connection: after a failover the host name leads to another node. After any other
-    error, or if always_pause, do not use Redis for REDIS_PAUSE seconds.
+    Redis is full        go on: it still serves hits
+    Redis is read-only   go on, but connect again: after a failover, the host name
+                         leads to another node. Pause, too, if always_pause.
+    any other error      do not use Redis for REDIS_PAUSE, then connect again
     """
     global paused_until
     if redis_is_paused():  # a save uses Redis even now, but does not prolong the pause
@@ -391,9 +398,8 @@ def warn(problem, reason):
 
 # ---- MySQL
 
-# One statement that both MySQL and MariaDB understand: /*! is for MySQL, /*M! for
-# MariaDB. The session is read-only, so that fetch cannot change data. MySQL ends a query,
-# or a wait for a lock, that its caller no longer waits for.
+# One statement for MySQL, which reads /*! */, and MariaDB, which reads /*M! */. A session
+# is read-only. MySQL ends a query, or a wait for a lock, after its caller has given up.
 SESSION_SETTINGS = f"""SET SESSION
     /*!50720 transaction_read_only = 1, max_execution_time = {MYSQL_TIMEOUT * 1000}, */
     /*M!100101 tx_read_only = 1, max_statement_time = {MYSQL_TIMEOUT}, */

@@ -189,13 +189,6 @@ def test_the_database_is_queried_again_after_the_ttl(example, cache, db):
     assert example.planet(3)["name"] == example.fetch(PLANETS)[2]["name"] == "Gaia"
 
 
-def test_a_result_that_is_too_large_is_returned_but_not_stored(example, cache):
-    example.MAX_SIZE = 100
-    assert len(example.fetch(PLANETS)) == 8
-    assert example.fetch("SELECT 1 AS one") == [{"one": 1}]
-    assert cache.keys() == [b"SELECT 1 AS one"]
-
-
 def test_the_fields_of_an_older_record_do_not_remain(example, cache):
     example.record("thing", "SELECT 1 AS a, 2 AS b")
     cache.hset("thing", "a", "no JSON")
