@@ -1,34 +1,32 @@
 """Cache-aside: Redis in front of MySQL.
 
-fetch(sql) caches the rows of a query as a string. planet(id) caches one row as a hash,
-by way of record(), which does so for any table. All look in Redis first. On a miss they
-load the result from MySQL and store it in Redis, where it expires after TTL seconds.
+fetch(sql) caches the rows of a query as a string. record(key, sql) caches one row as a
+hash, and planet(id) is a record. They look in Redis first. On a miss they load the result
+from MySQL and store it in Redis for TTL seconds. query(sql) does not use the cache.
 
 Promises:
 - A hit returns what the miss returned, in values and types. It takes hardly longer than
   the bare Redis call, and 10,000 rows come several times faster than from MySQL.
 - If many callers miss the same key, one queries MySQL and the others wait for it.
 - If Redis is away, full or holds garbage, calls query MySQL instead, and a warning is
-  logged, the same one at most once a minute. One process runs at most MAX_QUERIES
-  queries at a time, so that MySQL is not flooded.
+  logged, each at most once a minute. One process runs at most MAX_QUERIES queries at a
+  time, so that MySQL is not flooded.
 - A planet(id) that begins after save_planet has returned finds the new record.
 - fetch runs in a read-only session, and a value in Redis cannot run code.
-- Threads and forks do not share connections. A connection that MySQL has closed is
-  replaced. A query, or a wait for a lock, whose caller has given up ends in MySQL, too.
+- Threads and forks do not share connections. One that MySQL has closed is replaced. If
+  a caller gives up, MySQL does not go on with its query.
 - A setting that is missing or malformed is named in one line.
 
 Limits:
-- A row that is changed or added in another way is old or missing for up to TTL seconds.
-  So is what fetch has cached of a saved planet. invalidate(key) removes a key at once.
-- If Redis cannot be reached, or refuses to write, during a save, every process may find
-  the old record for up to TTL seconds. A failover of Redis may bring it back, too.
-- While Redis is away or full, callers do not share a query. Errors are never shared: if
-  a query fails, the next caller tries it. A load that takes longer than LOCK_TTL may be
-  done twice.
-- A caller that gets no turn for MYSQL_TIMEOUT raises pymysql.OperationalError. If MySQL
-  hangs, a call may take half a minute: MAX_WAIT, and MYSQL_TIMEOUT several times.
+- A row that is changed or added in another way is old or missing for up to TTL seconds
+  after it was loaded. So is what fetch has cached of a saved planet, and every planet
+  if Redis cannot be reached, or refuses to write, while it is saved.
+- While Redis is away or full, callers do not share a query. Errors are never shared. A
+  load that takes longer than LOCK_TTL may be done twice.
+- A caller that does not get one of the MAX_QUERIES places within MYSQL_TIMEOUT raises
+  pymysql.OperationalError. If MySQL hangs, a call may take half a minute.
 - One reply later than REDIS_TIMEOUT counts as a failure of Redis. So does a result that
-  takes longer to send, of many MB.
+  takes longer to send, of many MB, and one part of a cluster that cannot be reached.
 - Keys do not name the database: give each database a Redis of its own.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS) of a single node, any node of a
@@ -59,7 +57,7 @@ REDIS_TIMEOUT = 0.2  # the longest wait for one reply from Redis
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for one reply from MySQL
 MAX_QUERIES = 10  # at a time in one process; MySQL's max_connections must allow for it
-LOCK_TTL = MYSQL_TIMEOUT + 1  # if a process that loads dies, its lock expires
+LOCK_TTL = MYSQL_TIMEOUT + 1  # for a process that dies while it loads
 MAX_WAIT = 2 * LOCK_TTL  # how long callers wait for another one to load
 POLL_EVERY = 0.05  # how often they look for the result
 WARN_EVERY = 60  # the same warning is not repeated within this time
@@ -70,13 +68,13 @@ NO_ROW = {"absent": ""}  # the hash for "no such row"; the fields of a row are J
 # A RedisClusterException means that a part of a cluster cannot be reached.
 REDIS_ERRORS = (redis.RedisError, redis.exceptions.RedisClusterException)
 # An ExecAbortError means that Redis became full between MULTI and EXEC.
-REDIS_IS_FULL = (redis.OutOfMemoryError, redis.exceptions.ExecAbortError)
+FULL_ERRORS = (redis.OutOfMemoryError, redis.exceptions.ExecAbortError)
 
 log = logging.getLogger(__name__)
 
 # ---- Settings
 
-# SystemExit ends the script with the message alone. An import gets a ValueError.
+# The script prints one line and exits; whoever imports this module gets a ValueError.
 SettingError = SystemExit if __name__ == "__main__" else ValueError
 
 required = ["REDIS_URL", "DB_HOST", "DB_USER", "DB_PASS", "DB_NAME"]
@@ -84,6 +82,8 @@ if missing := [name for name in required if not os.environ.get(name)]:
     raise SettingError(f"not set in the environment: {', '.join(missing)}")
 
 # ---- The two techniques
+# Each hands three functions to cache_aside: read looks in Redis, load queries MySQL, and
+# store queues commands in a pipe, which sends them to Redis together.
 
 
 def fetch(sql, args=None):
@@ -151,7 +151,7 @@ def save_planet(id, name):
     """Insert or rename a planet in MySQL, and return the new record.
 
     Raises ValueError if no planet can have this id. Raises pymysql.Error if MySQL
-    fails; the planet may be saved nevertheless.
+    fails; the planet may be saved nevertheless, and old in Redis for TTL seconds.
     """
     id = int(str(id))
     if not 0 < id < 2**32:  # INT UNSIGNED AUTO_INCREMENT: 0 would become another id
@@ -187,7 +187,7 @@ def cache_aside(key, read, load, store):
         load = functools.cache(load)
 
         # One caller gets the lock and loads. The others look for its result in Redis.
-        # After MAX_WAIT they stop waiting and load without the lock. This only saves
+        # After MAX_WAIT they stop waiting and load without the lock. The lock only saves
         # queries: what keeps old results out of Redis is WATCH, in load_and_store.
         lock = client.lock(f"lock:{key}", timeout=LOCK_TTL)
         deadline = time.monotonic() + MAX_WAIT
@@ -243,21 +243,24 @@ def invalidate(key):
     try:
         client = redis_client()
         refuse_slow_readers(client, key)
-        # Without the lock, the next caller does not wait for a slow reader either.
+        # A full Redis refuses the line above, but not this one. The lock is deleted so
+        # that the next caller does not wait for a slow reader, and gets the new row.
         client.delete(key, f"lock:{key}")
     except REDIS_ERRORS as error:
-        redis_failed(error, always_pause=True)  # the old record may still be there
+        warn("a key in Redis may stay old for TTL seconds", type(error).__name__)
+        # save_planet must not return the old record, which may still be there.
+        redis_failed(error, pause_if_read_only=True)
 
 
 def refuse_slow_readers(client, key):
     """Change the key, so that Redis refuses the EXEC of those who WATCH it.
 
-    To DELETE a key that is not there would be no change; to SET it is one.
+    If the key is not there, DELETE does not change it, but SET does.
     """
     pipe = client.pipeline(transaction=True)
     pipe.set(key, "")
     pipe.delete(key)
-    with suppress(*REDIS_IS_FULL):  # then it refuses the slow reader's EXEC as well
+    with suppress(*FULL_ERRORS):  # a full Redis also refuses the slow reader's EXEC
         pipe.execute()
 
 
@@ -267,7 +270,7 @@ def look_up(client, read):
         return read(client)
     except Exception as error:
         # If Redis failed, that is for the caller. WRONGTYPE is no failure: the key holds
-        # another kind of value, such as a list. All other errors come from decoding.
+        # another kind of value, such as a list. Any other error comes from decoding.
         if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
             raise
         # Only the type of the error is logged, because its text can quote the value.
@@ -279,6 +282,7 @@ def look_up(client, read):
 
 # Decimal("1.50") becomes {"Decimal": "1.50"}. A column of such values becomes one object,
 # {"Decimal": ["1.50", "2.00"]}, which is read much faster than one for each value.
+# No type is written as a list, so a list is always a column.
 # These are the types that JSON lacks: how to write a value, and how to read it.
 CODECS = {
     "Decimal": (str, Decimal),
@@ -367,12 +371,12 @@ def redis_is_paused():
     return time.monotonic() < paused_until
 
 
-def redis_failed(error, always_pause=False):
+def redis_failed(error, pause_if_read_only=False):
     """Log the error, and decide how to go on.
 
     Redis is full        go on: it still serves hits
     Redis is read-only   go on, but connect again: after a failover, the host name
-                         leads to another node. Pause, too, if always_pause.
+                         leads to another node
     any other error      do not use Redis for REDIS_PAUSE, then connect again
     """
     global paused_until
@@ -380,10 +384,10 @@ def redis_failed(error, always_pause=False):
         return
     # redis-py may quote the command, with its data, before "caused error: ".
     warn("Redis failed, MySQL is used", str(error).split("caused error: ")[-1])
-    if isinstance(error, REDIS_IS_FULL):
+    if isinstance(error, FULL_ERRORS):
         return
     redis_client.cache_clear()
-    if isinstance(error, redis.ReadOnlyError) and not always_pause:
+    if isinstance(error, redis.ReadOnlyError) and not pause_if_read_only:
         return
     paused_until = time.monotonic() + REDIS_PAUSE
 
@@ -430,7 +434,7 @@ if ca := os.environ.get("DB_SSL_CA"):
 
 @functools.cache
 def slots_and_idle(pid):
-    """Return the query slots and idle connections of a process. A fork has its own."""
+    """Return the slots and the idle connections of a process. A fork has its own."""
     return threading.Semaphore(MAX_QUERIES), []
 
 
@@ -445,8 +449,12 @@ def mysql_connection():
         raise pymysql.OperationalError(1040, f"{MAX_QUERIES} queries are running here")
     try:
         connection = take_idle(idle) or pymysql.connect(**MYSQL_OPTIONS)
-        yield connection
-        idle.append(connection)  # not after an error: its state is unknown then
+        try:
+            yield connection
+        except BaseException:
+            connection.close()  # its state is unknown
+            raise
+        idle.append(connection)
     finally:
         slots.release()
 
@@ -467,13 +475,13 @@ def query(sql, args=None, write=False):
     """
     with mysql_connection() as connection, connection.cursor() as cursor:
         if write:
-            cursor.execute("SET TRANSACTION READ WRITE")  # for the next statement only
+            cursor.execute("SET TRANSACTION READ WRITE")  # only for the next statement
         start = time.perf_counter()
         cursor.execute(sql, args)
         rows = list(cursor.fetchall())
         log.debug("MySQL, %.2f ms: %s", 1000 * (time.perf_counter() - start), sql)
-        # A statement without rows may have changed the session: START TRANSACTION READ
-        # WRITE, for example. This error keeps the connection from being used again.
+        # A statement without rows may have changed the session, as START TRANSACTION READ
+        # WRITE does. Because of this error, the connection is not used again.
         if not (write or cursor.description):
             raise pymysql.ProgrammingError(f"not a query: {sql}")
     return rows
