@@ -405,7 +405,7 @@ def warn(problem, reason):
 # One statement for MySQL, which reads /*! */, and MariaDB, which reads /*M! */. A session
 # is read-only. MySQL ends a query, or a wait for a lock, after its caller has given up.
 SESSION_SETTINGS = f"""SET SESSION
-    /*!50720 transaction_read_only = 1, max_execution_time = {MYSQL_TIMEOUT * 1000}, */
+    /*!50720 transaction_read_only = 1, max_execution_time = {int(MYSQL_TIMEOUT * 1000)}, */
     /*M!100101 tx_read_only = 1, max_statement_time = {MYSQL_TIMEOUT}, */
     innodb_lock_wait_timeout = 2, lock_wait_timeout = 2"""
 port = os.environ.get("DB_PORT") or "3306"

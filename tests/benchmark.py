@@ -3,9 +3,9 @@
     tests/local python tests/benchmark.py
     tests/local python tests/benchmark.py --only crowd,ttl
 
-The parts empty, limit, wire and crowd use the servers named in the environment. They
-create a database with a random name and a few keys, and remove only those.
-The part ttl is a simulation, and eviction starts Redis servers of its own.
+It uses the servers named in the environment, where it creates a database with a random
+name and a few keys, and removes only those. The part ttl is a simulation, and eviction
+starts Redis servers of its own.
 """
 
 import argparse
@@ -30,8 +30,11 @@ from types import SimpleNamespace
 
 import pymysql
 import redis
-from servers import ServerError, Servers
+from servers import Servers
 from tools import PROJECT, Sent, Worker, outcomes, plain, start_crowd
+
+sys.path.append(str(PROJECT))
+import example
 
 SIZES = {  # (in full, with --quick)
     "visits": (2**17, 2**10),  # rows of the table that the costly query reads
@@ -67,19 +70,18 @@ TTL_CHART = """\
 # ---- Measuring and printing
 
 
-def compare(ways, runs, before=None):
+def compare(ways, runs, before_a_miss=None):
     """Return the median milliseconds of each of ways, {name: function}.
 
     The ways take turns in random order, so that a slow moment slows all of them.
-    before: {name: function} to call before that way; its time does not count.
     """
     times = {name: [] for name in ways}
     for function in ways.values():
         function()  # the first call also connects
     for _ in range(runs):
         for name in random.sample(list(ways), len(ways)):
-            if before and name in before:
-                before[name]()
+            if name == "miss":
+                before_a_miss()
             start = time.perf_counter()
             ways[name]()
             times[name].append(1000 * (time.perf_counter() - start))
@@ -103,12 +105,9 @@ Case = namedtuple("Case", "name key sql call runs")
 @contextlib.contextmanager
 def own_database(bench):
     """Let the sample use a new database. At the end, remove it and all keys."""
-    sys.path.append(str(PROJECT))
-    import example  # only now, because it needs the environment, and ttl does not
-
-    bench.example, bench.cache = example, example.redis_client()
+    bench.cache = example.redis_client()
     # A client that neither decodes nor has the time limits of the sample.
-    bench.plain_cache = type(bench.cache).from_url(os.environ["REDIS_URL"])
+    bench.plain_cache = redis.Redis.from_url(os.environ["REDIS_URL"])
     bench.name = f"cache_aside_benchmark_{secrets.token_hex(8)}"
     bench.id = random.randrange(2**31, 2**32 - 8)  # of planets that nobody else caches
     bench.cases = list_cases(bench)
@@ -137,7 +136,7 @@ def own_database(bench):
 
 def list_cases(bench):
     """Return the results that are measured, from one row to a costly query."""
-    key, planet, fetch = f"planet:{bench.id}", bench.example.planet, bench.example.fetch
+    key, planet, fetch = f"planet:{bench.id}", example.planet, example.fetch
     one = f"SELECT id, name FROM {bench.name}.planet WHERE id = {bench.id}"
     short = f"SELECT * FROM {bench.name}.planet"
     long = f"SELECT * FROM {bench.name}.visit ORDER BY id LIMIT {bench.rows}"
@@ -192,7 +191,7 @@ def empty(bench):
     for case in bench.cases:
         without = partial(query, bench.db, case.sql)
         ways = {"no cache": without, "miss": case.call, "hit": case.call}
-        forget = {"miss": partial(bench.cache.delete, case.key)}
+        forget = partial(bench.cache.delete, case.key)
         mysql, miss, hit = times = compare(ways, case.runs, forget)
         # It pays if rate * hit + (1 - rate) * miss < mysql; from over 100 %: never.
         pays = max(0, miss - mysql) / (miss - hit)
@@ -206,8 +205,7 @@ def limit(bench):
     """How close a hit is to what is possible
 
     hgetall and json.loads(get) read the same rows with the same client.
-    pickle: pickle.loads(get) of the same rows. django-redis does this and a little
-    more, but was not used itself.
+    pickle: pickle.loads(get) of the same rows, as django-redis does.
     Speed: the other's time / the time of a hit; 0.91 is 1.10 times the time, 0.95 1.05.
     """
     one, short, long, _ = bench.cases
@@ -234,8 +232,6 @@ def wire(bench):
 
     Commands by MONITOR, bytes by MEMORY USAGE.
     """
-    if isinstance(bench.cache, redis.RedisCluster):
-        return print("Not measured: in a cluster the commands go to several nodes.")
     rows = []
     for case in bench.cases[:3]:
         case.call()  # also connects
@@ -261,62 +257,53 @@ def crowd(bench):
     slow = f"SELECT UUID() AS run, SLEEP(0.2) FROM {bench.name}.planet LIMIT 1"
     plain_key = f"{bench.name}:plain"
     bench.keys += costly, slow, plain_key
-    plain_cache, this_thread, rows = bench.plain_cache, threading.local(), []
+    plain_cache, connections, rows = bench.plain_cache, [], []
 
-    def get_and_setex(sql):
+    def get_and_setex(db):
         if text := plain_cache.get(plain_key):
             return json.loads(text)
-        rows = query(this_thread.db, sql)
-        plain_cache.setex(plain_key, 60, json.dumps(rows, default=str))
-        return rows
+        result = query(db, costly)
+        plain_cache.setex(plain_key, 60, json.dumps(result, default=str))
+        return result
+
+    def in_threads(call, callers):
+        barrier = threading.Barrier(callers, timeout=60)
+
+        def caller(db):
+            barrier.wait()
+            start = time.perf_counter()
+            return {"answer": call(db), "seconds": time.perf_counter() - start}
+
+        with ThreadPoolExecutor(callers) as pool:
+            return list(pool.map(caller, connections[:callers]))
+
+    def in_processes():
+        start_crowd(workers, "fetch", slow, threads=bench.threads)
+        return outcomes(workers)
 
     def measure(name, key, callers, crowd, *args):
         found = []
-        for _ in range(bench.runs):
+        for _ in range(1 + bench.runs):
             plain_cache.delete(key)
             results = crowd(*args)
-            runs = {
-                result["answer"][0]["run"] for result in results if "answer" in result
-            }
-            failed = sum("error" in result for result in results)
+            answers = [result["answer"] for result in results if "answer" in result]
+            queries = len({answer[0]["run"] for answer in answers})
             slowest = max(result["seconds"] for result in results)
-            found.append([len(runs), failed, 1000 * slowest])
-        rows.append([callers, name, *map(median, zip(*found))])
-
-    def connect():
-        this_thread.db = pymysql.connect(**bench.login)
-        bench.cache.ping(), plain_cache.ping()
-
-    with ThreadPoolExecutor(max(bench.callers), initializer=connect) as pool:
-        for n in bench.callers:
-            measure("fetch", costly, n, meet, pool, n, bench.example.fetch, costly)
-            measure("GET and SETEX", plain_key, n, meet, pool, n, get_and_setex, costly)
+            found.append([queries, len(results) - len(answers), 1000 * slowest])
+        # The first run also connects.
+        rows.append([callers, name, *map(median, zip(*found[1:]))])
 
     with contextlib.ExitStack() as stack:
+        for _ in range(max(bench.callers)):
+            connections.append(stack.enter_context(pymysql.connect(**bench.login)))
+        for n in bench.callers:
+            measure("fetch", costly, n, in_threads, lambda _: example.fetch(costly), n)
+            measure("GET and SETEX", plain_key, n, in_threads, get_and_setex, n)
         environment = {**os.environ, "DB_NAME": bench.name}
         workers = [stack.enter_context(Worker(environment)) for _ in range(4)]
-        for worker in workers:
-            worker.answer("fetch", slow)  # connects
-
-        def processes():
-            start_crowd(workers, "fetch", slow, threads=bench.threads)
-            return outcomes(workers)
-
-        measure("fetch, 200 ms", slow, 4 * bench.threads, processes)
+        measure("fetch, 200 ms", slow, 4 * bench.threads, in_processes)
     columns = {"callers": "", "by": "", "queries": "", "callers with an error": ""}
     show({**columns, "slowest waits, ms": ",.0f"}, rows)
-
-
-def meet(pool, callers, function, *args):
-    """Call in several threads at the same moment."""
-    barrier = threading.Barrier(callers, timeout=60)
-
-    def caller(_):
-        barrier.wait()
-        start = time.perf_counter()
-        return {"answer": function(*args), "seconds": time.perf_counter() - start}
-
-    return list(pool.map(caller, range(callers)))
 
 
 def zipf(keys):
@@ -365,11 +352,10 @@ def eviction(bench):
     Memory for about a fifth of {eviction_keys:,} keys. {eviction_reads:,} reads by
     Zipf's law fill it, as many are counted, and as many are counted with news: every 50
     reads the least wanted key becomes the most wanted.
-    All keys have the same TTL and none expires, so volatile-ttl evicts the oldest.
-    noeviction stores nothing more when the memory is full.
+    All keys have the same TTL, so volatile-ttl evicts the oldest.
     """
     count, reads, value = bench.eviction_keys, bench.eviction_reads, "x" * 500
-    hits, news = Counter(), 0
+    hits = Counter()
     with Servers() as servers:
         with plain(servers.redis()) as cache:
             cache.setex("key:1", 600, value)
@@ -377,25 +363,26 @@ def eviction(bench):
             memory += count // 5 * cache.memory_usage("key:1")
         limit = "--maxmemory", memory, "--maxmemory-policy"
         caches = {policy: plain(servers.redis(*limit, policy)) for policy in POLICIES}
-        for phase in "fill", "steady", "news":
-            for rank in random.choices(range(count), zipf(count), k=reads):
-                news += phase == "news"
-                key = f"key:{(rank - news // 50) % count}"
-                for policy, cache in caches.items():
-                    if cache.get(key):
-                        hits[policy, phase] += 1
-                    else:
-                        with contextlib.suppress(redis.OutOfMemoryError):
-                            cache.setex(key, 600, value)
-    rows = [
-        [policy, hits[policy, "steady"] / reads, hits[policy, "news"] / reads]
-        for policy in POLICIES
-    ]
+        for n, rank in enumerate(
+            random.choices(range(count), zipf(count), k=3 * reads)
+        ):
+            phase = n // reads
+            news = max(0, n - 2 * reads) // 50
+            for policy, cache in caches.items():
+                key = f"key:{(rank - news) % count}"
+                if cache.get(key):
+                    hits[policy, phase] += 1
+                    continue
+                with contextlib.suppress(redis.OutOfMemoryError):
+                    cache.setex(key, 600, value)
+    rows = [[name, hits[name, 1] / reads, hits[name, 2] / reads] for name in POLICIES]
     show({"maxmemory-policy": "", "hits": ".1%", "hits with news": ".1%"}, rows)
 
 
 # ---- All parts
 
+# GitHub's own are too pale in the light scheme.
+COLOURS = '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#3b82f6, #f59e0b"}}}}%%'
 PARTS = {part.__name__: part for part in (empty, limit, wire, crowd, ttl, eviction)}
 
 
@@ -403,33 +390,25 @@ def main():
     parser = argparse.ArgumentParser(description="Measure what the cache is worth.")
     every = ",".join(PARTS)
     parser.add_argument("--only", metavar="PART,...", default=every, help=every)
-    help = "small sizes, to test the benchmark; the numbers mean nothing"
-    parser.add_argument("--quick", action="store_true", help=help)
+    parser.add_argument("--quick", action="store_true", help="small, meaningless sizes")
     args = parser.parse_args()
-    only = args.only.split(",")
-    if not set(only) <= set(PARTS):
-        parser.error(f"the parts are {every}")
+    parts = [PARTS[name] for name in args.only.split(",")]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
     sizes = {name: SIZES[name][args.quick] for name in SIZES}
-    bench, charts = SimpleNamespace(**sizes, example=None), []
+    bench, charts = SimpleNamespace(**sizes), []
     packages = [
         f"{name} {metadata.version(name)}" for name in ("redis", "hiredis", "PyMySQL")
     ]
-    print(
-        f"{os.cpu_count()} cores, Python {platform.python_version()}",
-        *packages,
-        sep=", ",
-    )
-    need_database = {"empty", "limit", "wire", "crowd"}.intersection(only)
-    with own_database(bench) if need_database else contextlib.nullcontext():
-        for name in only:
-            text = inspect.getdoc(PARTS[name]).format(**sizes)
-            print(f"\n## {text}\n", flush=True)
-            charts.append(PARTS[name](bench))
-            if bench.example and bench.example.warned_at:
+    python = f"Python {platform.python_version()}"
+    print(f"{os.cpu_count()} cores", python, *packages, sep=", ")
+    with own_database(bench):
+        for part in parts:
+            print(f"\n## {inspect.getdoc(part).format(**sizes)}\n", flush=True)
+            charts.append(part(bench))
+            if example.warned_at:
                 sys.exit("benchmark.py: Redis failed, so these numbers are wrong")
     for chart in filter(None, charts):
-        print(f"\n```mermaid\nxychart-beta\n{chart}\n```")
+        print(f"\n```mermaid\n{COLOURS}\nxychart-beta\n{chart}\n```")
 
 
 if __name__ == "__main__":
@@ -437,8 +416,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ServerError, redis.RedisError) as error:
-        sys.exit(f"benchmark.py: Redis: {error}")
-    except pymysql.Error as error:
-        hint = "the user must be allowed to CREATE and DROP a database"
-        sys.exit(f"benchmark.py: MySQL: {error.args[-1]}; {hint}")
+    except (KeyError, pymysql.Error, redis.RedisError) as error:
+        sys.exit(f"benchmark.py: {error!r}; check REDIS_URL, DB_* and --only")

@@ -1,10 +1,9 @@
 """Real servers for the tests, and the sample loaded against them."""
 
 import importlib.util
-import itertools
 import os
 import signal
-import sys
+import time
 
 import pymysql
 import pytest
@@ -12,32 +11,22 @@ import redis
 from servers import Servers
 from tools import PROJECT, plain, plain_mysql
 
-NUMBER = itertools.count()
-
 servers = Servers()
 
 
 def pytest_configure(config):
-    # Terminated, pytest must still end what the tests have started.
+    # If pytest is terminated, it must still end the servers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "error")
     servers.__enter__()
-    try:
-        servers.shared_redis, servers.shared_mysql = servers.redis(), servers.mysql()
-    except BaseException:
-        servers.__exit__(*sys.exc_info())
-        raise
-    # Whatever the environment held before, nobody here reaches a server of its own.
+    config.add_cleanup(lambda: servers.__exit__(None, None, None))
+    servers.shared_redis, servers.shared_mysql = servers.redis(), servers.mysql()
+    # Whatever the environment held before, no test uses another server.
     os.environ.update(servers.environment(servers.shared_redis, servers.shared_mysql))
     os.environ.pop("DB_SSL_CA", None)
-    # PyMySQL loads all certificates of the system for each connection: 30 ms, and no
-    # test needs them.
+    # PyMySQL would load the system's certificates for each connection, which takes 30 ms.
     os.environ["SSL_CERT_FILE"] = os.devnull
     servers.shared_mysql.client(PROJECT / "seed.sql")
-
-
-def pytest_unconfigure(config):
-    servers.__exit__(None, None, None)
 
 
 def pytest_report_header(config):
@@ -49,17 +38,13 @@ def pytest_report_header(config):
 
 def load(**environment):
     """The module, as a new process with this environment would import it."""
-    before = dict(os.environ)
-    os.environ.update(environment)
-    try:
-        path = PROJECT / "example.py"
-        spec = importlib.util.spec_from_file_location(f"example{next(NUMBER)}", path)
-        module = importlib.util.module_from_spec(spec)
+    name = f"example{time.perf_counter_ns()}"  # unique, for its log
+    spec = importlib.util.spec_from_file_location(name, PROJECT / "example.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "environ", {**os.environ, **environment})
         spec.loader.exec_module(module)
-        return module
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    return module
 
 
 @pytest.fixture(scope="session")
@@ -81,13 +66,13 @@ def new_servers():
 
 @pytest.fixture
 def example(cache):
-    """The sample, fresh, with an empty cache."""
+    """The sample, with an empty cache."""
     return load()
 
 
 @pytest.fixture
 def cache(redis_server):
-    """A plain client for the same Redis, emptied."""
+    """A client of the same Redis, which is emptied."""
     with plain(redis_server) as client:
         client.flushall()
         yield client
@@ -95,7 +80,7 @@ def cache(redis_server):
 
 @pytest.fixture
 def db(mysql_server):
-    """A plain connection to the same MySQL, which may write. The planets are restored."""
+    """A connection to the same MySQL, which may write. The planets are restored."""
     with plain_mysql(mysql_server) as connection:
         yield connection.cursor()
         seed = (PROJECT / "seed.sql").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@
         subprocess.run(["python", "example.py"], env=servers.environment(redis, mysql))
 
 All their files are in one temporary folder. At the end of the block the servers are
-killed and the folder is removed, even if the program itself was killed by then.
+killed and the folder is removed.
 """
 
 import contextlib
@@ -31,22 +31,11 @@ PROGRAMS = {
 }
 AS_ROOT = ["--user=root"] if os.geteuid() == 0 else []  # or mysqld refuses to run
 
-# Each process first adds its group to the list, and then becomes the command. So no
-# process is ever missing from the list. The minus sign tells kill that it is a group.
-LAUNCH = ': >"$0/running/-$$" && exec "$@"'
-
-# This shell waits for a line. If the program is killed, its end of the pipe closes, and
-# the shell does not wait any longer.
-CLEAN_UP = """
-    read -r line
-    mv "$0/running" "$0/ended"  # from now on no process can start
-    kill -s KILL -- $(ls "$0/ended")
-    rm -rf "$0" || { sleep 1; rm -rf "$0"; }  # a dying server can still write a file
-"""
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]  # they end a program
 
 
 class ServerError(Exception):
-    """A server is not installed or did not start; the text says why."""
+    """A server did not start. The text says why."""
 
 
 def find(*names):
@@ -66,11 +55,8 @@ def find_server(kind, *options):
     """The path of a server program, and its version, such as "Redis 8.0.1"."""
     program = find_program(kind) or PROGRAMS[kind][0]
     # redis-check-rdb is the server if it is called by any other name.
-    command = ["server", *options, "--version"]
-    try:
-        text = subprocess.check_output(command, executable=program, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ServerError(f"not a server: {error}") from None
+    command = [kind, *options, "--version"]
+    text = subprocess.check_output(command, executable=program, text=True)
     names = [name for name in ("Redis", "Valkey", "MariaDB") if name in text]
     number = re.search(r"(?:v=|Ver )([\d.]+)", text)
     return program, f"{(*names, 'MySQL')[0]} {number[1] if number else text.strip()}"
@@ -86,16 +72,23 @@ def free_port():
             return port
 
 
-def launch(folder, command, **options):
-    """Start a process that the Servers of this folder end, and its group if it leads one."""
-    return subprocess.Popen(["sh", "-c", LAUNCH, folder, *command], **options)
+@contextlib.contextmanager
+def delayed_signals():
+    """Delay Ctrl-C and the like until the end of the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Server:
     """One server process. `kill` and `start` keep its port, password and data."""
 
-    def __init__(self, folder, args, port, password=None):
-        self.folder, self.log, self.socket = folder, folder / "log", folder / "socket"
+    def __init__(self, servers, args, port, password=None):
+        self.servers = servers
+        self.folder = folder = Path(tempfile.mkdtemp(dir=servers.folder))
+        self.log, self.socket = folder / "log", folder / "socket"
         self.args = [str(arg) for arg in args]
         self.port = port or free_port()
         self.password = secrets.token_hex(16) if password is None else password
@@ -116,14 +109,10 @@ class Server:
 
     def launch(self, *command):
         with open(self.log, "wb") as log:
-            self.process = launch(
-                self.folder.parent,
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is not meant for the servers
-            )
+            options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            # In a session of its own, because Ctrl-C is not meant for the servers.
+            options["start_new_session"] = True
+            self.process = self.servers.launch(command, **options)
 
     def answers(self):
         # MySQL sends the first message. Redis can reply that a password is needed.
@@ -144,11 +133,7 @@ class Server:
 
     def kill(self):
         """End the server as a power cut would."""
-        self.process.kill()
-        self.process.wait()
-        # The system can give this number to another process from now on.
-        listed = self.folder.parent / "running" / f"-{self.process.pid}"
-        listed.unlink(missing_ok=True)
+        self.servers.kill(self.process)
 
     def pause(self):
         """Make the server hang: it accepts connections but never replies."""
@@ -161,9 +146,8 @@ class Server:
     def fail(self):
         self.kill()
         text = self.log.read_text(errors="replace")
-        hint = " (does AppArmor confine it?)" if "denied" in text else ""
         tail = "\n".join(text.splitlines()[-15:])
-        raise ServerError(f"{self.version} did not start{hint}; its log ends:\n{tail}")
+        raise ServerError(f"{self.version} did not start; its log ends:\n{tail}")
 
 
 class Redis(Server):
@@ -227,7 +211,7 @@ class MySQL(Server):
         self.launch(*create)
         if self.process.wait():
             self.fail()
-        self.kill()  # it has ended; this takes it off the list
+        self.kill()  # what is left of its group
         # The server runs this file before it accepts connections.
         self.init = self.folder / "init.sql"
         account = f"'root'@'localhost' IDENTIFIED BY '{self.password}'"
@@ -241,16 +225,8 @@ class MySQL(Server):
         """What the mysql command prints for SQL text or for a file of it."""
         if isinstance(sql, Path):
             sql = sql.read_text(encoding="utf-8")
-        result = subprocess.run(
-            [find_program("mysql"), f"--defaults-file={self.config}"],
-            input=sql,
-            capture_output=True,
-            encoding="utf-8",
-            check=False,
-        )
-        if result.returncode:
-            raise ServerError(f"mysql: {result.stderr.strip()}")
-        return result.stdout
+        command = [find_program("mysql"), f"--defaults-file={self.config}"]
+        return subprocess.check_output(command, input=sql, encoding="utf-8")
 
 
 class Servers:
@@ -262,31 +238,37 @@ class Servers:
         # mariadb-install-db fails if there is a space in it.
         base = base if re.fullmatch(r"\S{1,60}", base) else "/tmp"
         self.folder = Path(tempfile.mkdtemp(prefix="local-", dir=base))
-        (self.folder / "running").mkdir()
-        self.started = []
-        self.cleaner = subprocess.Popen(
-            ["sh", "-c", CLEAN_UP, self.folder],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self.processes = set()
         return self
 
     def __exit__(self, *_):
-        self.cleaner.communicate(b"\n")
-        for server in self.started:
-            server.process.wait()
+        with delayed_signals():
+            for process in list(self.processes):
+                self.kill(process)
+            shutil.rmtree(self.folder)
+
+    def launch(self, command, **options):
+        """Start a process that ends with the servers."""
+        # A signal between the two lines would leave the process running.
+        with delayed_signals():
+            process = subprocess.Popen(command, **options)
+            self.processes.add(process)
+        return process
+
+    def kill(self, process):
+        """End a process and, if it leads a group, all of the group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        # From now on, another process can get its number.
+        self.processes.discard(process)
 
     def redis(self, *args, port=None, password=None):
-        return self.add(Redis, args, port, password)
+        return Redis(self, args, port, password)
 
     def mysql(self, *args, port=None):
-        return self.add(MySQL, args, port)
-
-    def add(self, kind, *args):
-        server = kind(Path(tempfile.mkdtemp(dir=self.folder)), *args)
-        self.started.append(server)
-        return server
+        return MySQL(self, args, port)
 
     def environment(self, redis, mysql):
         """The whole environment of a command that uses these servers."""

@@ -1,18 +1,19 @@
-"""What makes a server slow, a crowd large and a hit visible.
+"""What several tests need: a crowd, a relay, a cluster, and what a call sends to Redis.
 
-Run as a program, it is one process of a crowd: see Worker.
+Run as a program, this file is one process of a crowd: see Worker.
 """
 
 import contextlib
 import json
-import os
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pymysql
 import redis
@@ -21,11 +22,8 @@ from servers import free_port
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-# ---------------------------------------------------------------- questions
-
-
 def wait_until(condition, seconds=10):
-    """Wait for something to become true; how many seconds that took."""
+    """Wait until the condition is true. Return the seconds that this took."""
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < seconds, "it did not happen"
@@ -34,109 +32,77 @@ def wait_until(condition, seconds=10):
 
 
 def selects(db):
-    """How many SELECTs MySQL has been asked, by everybody."""
+    """The number of SELECTs that MySQL has received from all its clients."""
     db.execute("SHOW GLOBAL STATUS LIKE 'Com_select'")
     return int(db.fetchone()[1])
 
 
 def plain(server):
-    """A plain client for a Redis."""
+    """A client of a Redis, without the sample."""
     return redis.Redis(port=server.port, password=server.password)
 
 
 def plain_mysql(server):
-    """A plain connection to a MySQL, which may write."""
-    return pymysql.connect(
-        host="127.0.0.1",
-        port=server.port,
-        user=server.user,
-        password=server.password,
-        database="tutorial",
-        autocommit=True,
-        # A transaction that the sample left open is a failure here, not a wait for ever.
-        init_command="SET lock_wait_timeout = 3",
-    )
+    """A connection to a MySQL, without the sample. It may write."""
+    address = {"host": "127.0.0.1", "port": server.port, "database": "tutorial"}
+    login = {"user": server.user, "password": server.password}
+    # A transaction that the sample left open is a failure here, not an endless wait.
+    init = "SET lock_wait_timeout = 3"
+    return pymysql.connect(**address, **login, autocommit=True, init_command=init)
 
 
 def plant(cache, key, old="Mercury", new="Planted"):
-    """Put into a cached answer what the database never held: who reads it, hits."""
+    """Change a cached result to one that MySQL never held: only a hit returns it."""
     old, new = old.encode(), new.encode()
     if cache.type(key) == b"hash":
-        fields = cache.hgetall(key).items()
-        planted = {name: value.replace(old, new) for name, value in fields}
-        assert planted != dict(fields)
+        fields = cache.hgetall(key)
+        planted = {name: text.replace(old, new) for name, text in fields.items()}
+        assert planted != fields
         cache.hset(key, mapping=planted)
     else:
-        planted = cache.get(key).replace(old, new)
-        assert planted != cache.get(key)
-        cache.set(key, planted, keepttl=True)
+        text = cache.get(key)
+        assert old in text
+        cache.set(key, text.replace(old, new), keepttl=True)
 
 
 def warnings(caplog, module, *secrets):
-    """What this module has warned of; none of it may hold a secret."""
+    """The warnings of this module. It logs nothing else, and none of the secrets."""
     records = [record for record in caplog.records if record.name == module.__name__]
-    for secret in secrets:
-        assert secret and secret not in caplog.text
+    assert all(secret and secret not in caplog.text for secret in secrets)
     assert all(record.levelname == "WARNING" for record in records)
     return [record.getMessage() for record in records]
 
 
-class Sent:
-    """The commands that clients send to a Redis meanwhile, without what scripts run."""
-
-    def __init__(self, cache):
-        self.cache = cache
-        self.commands = []
-
-    def __enter__(self):
-        self.monitor = self.cache.monitor()
-        self.monitor.__enter__()
-        self.cache.echo("from here")  # after what connecting took
-        return self
-
-    def __exit__(self, *_):
-        try:
-            self.cache.echo("to here")
-            while self.next() != "ECHO from here":
-                pass
-            while (command := self.next()) != "ECHO to here":
-                self.commands.append(command.split()[0].upper())
-        finally:
-            self.monitor.__exit__(None, None, None)
-
-    def next(self):
-        while (entry := self.monitor.next_command())["client_type"] == "lua":
-            pass
-        return entry["command"]
-
-
-# ---------------------------------------------------------------- threads, processes
+@contextlib.contextmanager
+def Sent(cache):
+    """In `commands`: what clients send to a Redis, without what scripts run."""
+    sent = SimpleNamespace(commands=[])
+    with cache.monitor() as monitor:
+        cache.echo("start")  # before it come the commands of connecting
+        yield sent
+        cache.echo("end")
+        entries = (e["command"] for e in monitor.listen() if e["client_type"] != "lua")
+        commands = list(iter(lambda: next(entries), "ECHO end"))
+    for command in commands[commands.index("ECHO start") + 1 :]:
+        sent.commands.append(command.split()[0].upper())
 
 
 def begin(function, *args):
-    """Call in a new thread; a future, whose result(seconds) waits."""
-    pool = ThreadPoolExecutor(1)
-    future = pool.submit(function, *args)
-    pool.shutdown(wait=False)
-    return future
+    """Call in a new thread. Return a future, whose result(seconds) waits."""
+    return ThreadPoolExecutor(1).submit(function, *args)
 
 
 class Worker:
     """Another process that has loaded the sample, and calls it in many threads.
 
-    ask(…) returns at once; answers() waits and returns a dict for each thread:
-    its answer or the name of its error, and its seconds since the common start.
+    ask() returns at once. answers() waits, and returns a dict for each thread: its
+    "answer" or the name of its "error", and its "seconds" since the common start.
     """
 
     def __init__(self, environment):
-        paths = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", __file__],
-            env={**environment, "PYTHONPATH": paths},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, "-W", "error", __file__]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=environment, **pipes)
 
     def __enter__(self):
         return self
@@ -145,44 +111,41 @@ class Worker:
         with self.process:
             self.process.kill()
 
-    def ask(self, function, *args, threads=1, at=0, **constants):
-        order = [function, args, threads, at or time.time(), constants]
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
+    def ask(self, function, *args, threads=1, at=0):
+        order = [function, args, threads, at or time.time()]
+        print(json.dumps(order), file=self.process.stdin, flush=True)
 
     def answers(self):
         return json.loads(self.process.stdout.readline())
 
-    def answer(self, function, *args, **constants):
-        self.ask(function, *args, **constants)
+    def answer(self, function, *args):
+        self.ask(function, *args)
         (result,) = self.answers()
         return result["answer"]
 
 
 def work():
-    """Serve the orders that a Worker writes, one a line."""
+    """Carry out the orders that a Worker writes, one a line."""
+    sys.path.append(str(PROJECT))
     import example
 
     def call(function, args, at):
         time.sleep(max(0, at - time.time()))
-        result = {}
         try:
-            result["answer"] = getattr(example, function)(*args)
+            result = {"answer": getattr(example, function)(*args)}
         except (pymysql.Error, redis.RedisError) as error:
-            result["error"] = type(error).__name__
-        result["seconds"] = time.time() - at
-        return result
+            result = {"error": type(error).__name__}
+        return {**result, "seconds": time.time() - at}
 
     for line in sys.stdin:
-        function, args, threads, at, constants = json.loads(line)
-        vars(example).update(constants)
+        function, args, threads, at = json.loads(line)
         calls = [begin(call, function, args, at) for _ in range(threads)]
         print(json.dumps([call.result() for call in calls]), flush=True)
 
 
 def start_crowd(workers, function, *args, threads=25):
-    """Have all threads of all workers call at the same moment."""
-    at = time.time() + 0.2  # by then all the threads are there
+    """Make all threads of all workers call at the same moment."""
+    at = time.time() + 0.2  # by then all threads are running
     for worker in workers:
         worker.ask(function, *args, threads=threads, at=at)
     time.sleep(0.2)
@@ -192,39 +155,29 @@ def outcomes(workers):
     return [result for worker in workers for result in worker.answers()]
 
 
-# ---------------------------------------------------------------- the network
+class Relay(socketserver.ThreadingTCPServer):
+    """A TCP relay to a port of this machine, `target`, which may be changed.
 
-
-class Relay:
-    """A TCP relay to a port of this machine, which may be changed.
-
-    What clients have sent is in `sent`. Between hold() and release() it keeps to itself
-    what the server replies, or what clients send, even if they break off meanwhile.
-    `holding` is set as soon as there is something.
+    `sent` is what clients have sent. Between hold() and release() the relay keeps the
+    server's replies, or the clients' requests, even if these disconnect meanwhile.
+    `holding` is set when it has something to keep.
     """
 
-    def __init__(self, target):
-        self.target = target
-        self.sent = bytearray()
-        self.replies, self.requests = threading.Event(), threading.Event()
-        self.holding = threading.Event()
-        self.release()
-        self.sockets = []
-        self.threads = []
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
+    request_queue_size = 100
 
-    def __enter__(self):
-        self.run(self.accept)
-        return self
+    def __init__(self, target):
+        super().__init__(("127.0.0.1", 0), None)
+        self.target, self.port = target, self.server_address[1]
+        self.sent, self.clients = bytearray(), []
+        self.replies, self.requests, self.holding = [threading.Event() for _ in "123"]
+        self.release()
+        begin(self.serve_forever, 0.01)
 
     def __exit__(self, *_):
         self.release()
-        end(self.listener)
-        self.threads[0].join()  # after it there are no new ones
+        self.shutdown()  # after it there are no new clients
         self.cut()
-        for thread in self.threads:
-            thread.join()
+        self.server_close()  # waits for the threads
 
     def hold(self, replies=True):
         self.holding.clear()
@@ -236,26 +189,20 @@ class Relay:
 
     def cut(self):
         """Break all connections."""
-        for one in self.sockets:
-            end(one)
+        for client in self.clients:
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
 
-    def run(self, function, *args):
-        self.threads.append(threading.Thread(target=function, args=args, daemon=True))
-        self.threads[-1].start()
+    def process_request(self, client, address):
+        self.clients.append(client)
+        super().process_request(client, address)  # calls finish_request in a thread
 
-    def accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self.listener.accept()
-                self.sockets.append(client)
-                try:
-                    server = socket.create_connection(("127.0.0.1", self.target))
-                except OSError:
-                    end(client)
-                    continue
-                self.sockets.append(server)
-                self.run(self.pump, client, server, self.requests)
-                self.run(self.pump, server, client, self.replies)
+    def finish_request(self, client, _):
+        with contextlib.suppress(OSError), socket.socket() as server:
+            server.connect(("127.0.0.1", self.target))
+            requests = begin(self.pump, client, server, self.requests)
+            self.pump(server, client, self.replies)
+            requests.result()
 
     def pump(self, source, drain, may_pass):
         with contextlib.suppress(OSError):
@@ -266,62 +213,36 @@ class Relay:
                     self.holding.set()
                     may_pass.wait()
                 drain.sendall(data)
-        end(source)
-        end(drain)
+        with contextlib.suppress(OSError):
+            drain.shutdown(socket.SHUT_RDWR)
 
 
-def end(one):
-    with contextlib.suppress(OSError):
-        one.shutdown(socket.SHUT_RDWR)  # close() alone does not wake who reads it
-    one.close()
-
-
-# ---------------------------------------------------------------- a cluster
-
-SLOTS = [(0, 5460), (5461, 10922), (10923, 16383)]
-
-
-def start_node(own, password, port=None):
-    """A Redis that is ready to become part of a cluster."""
-    # Its second port is by default 10000 above the first, where there is less peace.
-    args = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
-    args += ["--cluster-config-file", "nodes", "--cluster-node-timeout", "1000"]
-    return own.redis(*args, password=password, port=port)
-
-
-def unite(nodes):
-    """Make three of them one cluster. That takes Redis two seconds."""
-    bus = nodes[0].args[3]
-    for number, (node, slots) in enumerate(zip(nodes, SLOTS)):
-        with plain(node) as client:
-            client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
-            client.execute_command("CLUSTER ADDSLOTSRANGE", *slots)
-            client.execute_command("CLUSTER MEET", "127.0.0.1", nodes[0].port, bus)
-    for node in nodes:
-        wait_until(lambda node=node: is_well(node))
-
-
-def start_cluster(own):
-    nodes = [start_node(own, "a-secret") for _ in SLOTS]
-    unite(nodes)
+def start_cluster(own, port=None):
+    """A cluster of three Redis servers, the first on this port. It takes two seconds."""
+    args = ["--cluster-enabled", "yes", "--cluster-config-file", "nodes"]
+    # The default of the second port, 10000 above the first, is often not free.
+    args += ["--cluster-node-timeout", "1000", "--cluster-port"]
+    nodes = []
+    for slots in (0, 5460), (5461, 10922), (10923, 16383):
+        first = None if nodes else port
+        nodes.append(own.redis(*args, free_port(), password="a-secret", port=first))
+        run = plain(nodes[-1]).execute_command
+        run("CLUSTER SET-CONFIG-EPOCH", len(nodes))
+        run("CLUSTER ADDSLOTSRANGE", *slots)
+        run("CLUSTER MEET", "127.0.0.1", nodes[0].port, nodes[0].args[-1])
+    wait_until(lambda: all(map(is_well, nodes)))
     return nodes
 
 
 def is_well(node):
-    """Whether this node knows of three, and thinks that they serve all keys."""
-    with plain(node) as client:
-        info = client.execute_command("CLUSTER INFO")
+    """Whether this node knows all three, and finds that they serve all keys."""
+    info = plain(node).execute_command("CLUSTER INFO")
     return info["cluster_state"] == "ok" and info["cluster_known_nodes"] == "3"
 
 
 def holders(nodes, key):
-    """The nodes that hold the key."""
-    found = []
-    for node in nodes:
-        with plain(node) as client:
-            if key.encode() in set(client.scan_iter()):
-                found.append(node)
-    return found
+    """The nodes that hold the key, which has no wildcards in it."""
+    return [node for node in nodes if plain(node).keys(key)]
 
 
 if __name__ == "__main__":
