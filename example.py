@@ -8,7 +8,7 @@ Promises:
 - A hit returns what the miss returned, in values and types. It takes hardly longer than
   the bare Redis call, and 10,000 rows come several times faster than from MySQL.
 - If many callers miss the same key, one queries MySQL and the others wait for it.
-- If Redis is away, full or holds garbage, calls query MySQL instead, and a warning is
+- If Redis is down, full or holds garbage, calls query MySQL instead, and a warning is
   logged, each at most once a minute. One process runs at most MAX_QUERIES queries at a
   time, so that MySQL is not flooded.
 - A planet(id) that begins after save_planet has returned finds the new record.
@@ -21,7 +21,7 @@ Limits:
 - A row that is changed or added in another way is old or missing for up to TTL seconds
   after it was loaded. So is what fetch has cached of a saved planet, and every planet
   if Redis cannot be reached, or refuses to write, while it is saved.
-- While Redis is away or full, callers do not share a query. Errors are never shared. A
+- While Redis is down or full, callers do not share a query. Errors are never shared. A
   load that takes longer than LOCK_TTL may be done twice.
 - A caller that does not get one of the MAX_QUERIES places within MYSQL_TIMEOUT raises
   pymysql.OperationalError. If MySQL hangs, a call may take half a minute.
@@ -74,7 +74,7 @@ log = logging.getLogger(__name__)
 
 # ---- Settings
 
-# The script prints one line and exits; whoever imports this module gets a ValueError.
+# The script prints one line and exits. If the module is imported, a ValueError is raised.
 SettingError = SystemExit if __name__ == "__main__" else ValueError
 
 required = ["REDIS_URL", "DB_HOST", "DB_USER", "DB_PASS", "DB_NAME"]

@@ -112,7 +112,7 @@ def own_database(bench):
     bench.id = random.randrange(2**31, 2**32 - 8)  # of planets that nobody else caches
     bench.cases = list_cases(bench)
     bench.keys = [case.key for case in bench.cases]
-    # For connections that may write, and may take longer than the sample allows.
+    # Connections that can write, without the time limits of the sample.
     login = {**example.MYSQL_OPTIONS, "database": None, "init_command": None}
     login.update(read_timeout=None, write_timeout=None)
     bench.login, example.MYSQL_OPTIONS["database"] = login, bench.name

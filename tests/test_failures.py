@@ -338,7 +338,7 @@ def test_if_the_process_that_loads_is_killed_another_one_loads(at_once):
 
 @pytest.fixture
 def module(breakable_mysql, cache):
-    """The sample in front of a MySQL that a test may break, and must mend."""
+    """The sample in front of a MySQL that a test may break and must repair."""
     return load(DB_PORT=str(breakable_mysql.port), DB_PASS=breakable_mysql.password)
 
 
