@@ -76,6 +76,14 @@ def test_if_the_caller_that_loads_fails_the_next_one_tries(workers, cache, db):
     assert not cache.exists(sql, f"lock:{sql}")
 
 
+def test_a_waiting_caller_takes_the_result_while_another_has_the_lock(example, cache):
+    cache.set("lock:planet:1", "of another process", ex=5)
+    call = begin(example.planet, 1)
+    time.sleep(0.1)
+    cache.hset("planet:1", mapping={"id": "1", "name": '"Planted"'})
+    assert call.result(1) == {"id": 1, "name": "Planted"}
+
+
 def test_after_max_wait_a_caller_loads_without_the_lock(example, cache):
     example.MAX_WAIT = 0.5
     cache.set("lock:planet:1", "of another process", px=3000)
