@@ -5,7 +5,7 @@ import time
 
 import pytest
 from conftest import servers
-from tools import Sent, Worker, outcomes, selects, start_crowd
+from tools import Sent, Worker, begin, outcomes, selects, start_crowd
 
 MERCURY = {"id": 1, "name": "Mercury"}
 SLOW = "SELECT 'slow' AS speed, SLEEP(0.2) AS slept"

@@ -202,7 +202,9 @@ def test_a_crowd_at_a_redis_that_hangs_waits_for_one_timeout(caplog, cached, own
 
 @pytest.mark.parametrize("fault", ["pause", "kill"])
 @pytest.mark.parametrize("moment", ["query", "load_and_store"])
-def test_a_loaded_result_is_not_loaded_again(fault, moment, cached, own_redis, db):
+def test_a_loaded_result_is_not_loaded_again(
+    fault, moment, cached, own_redis, db, caplog
+):
     function = getattr(cached, moment)
 
     def then_break(*args):
@@ -217,6 +219,7 @@ def test_a_loaded_result_is_not_loaded_again(fault, moment, cached, own_redis, d
     result, seconds = timed(cached.planet, 1)
     assert (result, selects(db)) == (MERCURY, before + 1)
     assert seconds < 1.5  # to store and to release the lock are several timeouts
+    assert len(warnings(caplog, cached)) == (moment == "query")  # it was not stored
 
 
 def test_a_redis_killed_and_restarted_between_calls_is_hardly_noticed(
