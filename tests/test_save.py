@@ -152,6 +152,15 @@ def test_a_save_reaches_mysql_when_redis_is_away(fault, new_servers, db):
         module.save_planet(1, "x" * 31)
 
 
+def test_a_save_does_not_return_the_old_record_of_a_read_only_redis(new_servers, db):
+    server = new_servers.redis()
+    module = load(REDIS_URL=server.url)
+    assert module.planet(1) == MERCURY
+    with plain(server) as cache:
+        cache.replicaof("127.0.0.1", 1)
+    assert module.save_planet(1, "New") == NEW
+
+
 def test_a_save_leaves_no_old_record_in_a_redis_that_is_full(new_servers, db, caplog):
     server = new_servers.redis("--maxmemory-policy", "noeviction")
     module, reader = load(REDIS_URL=server.url), load(REDIS_URL=server.url)
