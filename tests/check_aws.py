@@ -21,6 +21,8 @@ from tempfile import TemporaryDirectory
 
 TESTS = Path(__file__).resolve().parent
 VENV = TESTS / ".venv" / "aws"
+# Scripts like aws do not start in a folder with a space.
+PYTHON = [VENV / "bin" / "python", "-m"]
 REQUIREMENTS = ["moto>=5.1,<6", "flask>=3,<4", "flask-cors>=5,<7", "awscli>=1.44,<2"]
 PASSWORD = """it's $HOME "quoted" `pwd` \\ # é"""  # harder than those that moto makes
 PLACEHOLDER = "i-0123456789abcdef0"
@@ -55,7 +57,7 @@ def run(command, **options):
 
 def aws(*words):
     """Run an aws command against moto."""
-    return run([VENV / "bin" / "aws", "--endpoint-url", os.environ["MOTO"], *words])
+    return run([*PYTHON, "awscli", "--endpoint-url", os.environ["MOTO"], *words])
 
 
 def stand_in(words):
@@ -156,7 +158,7 @@ def check_names(create, clean):
 def moto(folder):
     """Run moto's server on a free port, and stop it in every case."""
     path = Path(folder) / "moto.log"
-    command = [VENV / "bin" / "moto_server", "-H", "127.0.0.1", "-p", "0"]
+    command = [*PYTHON, "moto.server", "-H", "127.0.0.1", "-p", "0"]
     with open(path, "wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -176,7 +178,7 @@ def prepare():
     if not stamp.exists() or stamp.read_text() != wanted:
         print("check_aws: installing moto and awscli", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True)
-        pip = [VENV / "bin" / "pip", "install", "-qq", "--disable-pip-version-check"]
+        pip = [*PYTHON, "pip", "install", "-qq", "--disable-pip-version-check"]
         subprocess.run([*pip, *REQUIREMENTS], check=True)
         stamp.write_text(wanted)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
