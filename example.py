@@ -57,7 +57,7 @@ REDIS_TIMEOUT = 0.2  # the longest wait for one reply from Redis
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for one reply from MySQL
 MAX_QUERIES = 10  # at a time in one process; MySQL's max_connections must allow for it
-LOCK_TTL = MYSQL_TIMEOUT + 1  # for a process that dies while it loads
+LOCK_TTL = MYSQL_TIMEOUT + 1  # then a lock expires, if the process that loads has died
 MAX_WAIT = 2 * LOCK_TTL  # how long callers wait for another one to load
 POLL_EVERY = 0.05  # how often they look for the result
 WARN_EVERY = 60  # the same warning is not repeated within this time
@@ -182,8 +182,8 @@ def cache_aside(key, read, load, store):
             log.debug("hit: %s", key)
             return result
 
-        # Remember what load() returns: if Redis fails after the query, load() at the end
-        # of this function returns the same result, without a second query.
+        # Remember what load() returns. If Redis fails after the query, the last line of
+        # this function then returns the same result without a second query.
         load = functools.cache(load)
 
         # One caller gets the lock and loads. The others look for its result in Redis.
@@ -308,7 +308,7 @@ def encode_column(values):
 
 
 def decode(pairs):
-    """Reverse encode and encode_column, for the pairs of one JSON object."""
+    """Return the value or the column that one JSON object stands for."""
     [(name, value)] = pairs
     convert = CODECS[name][1]
     return list(map(convert, value)) if isinstance(value, list) else convert(value)
@@ -376,7 +376,7 @@ def redis_failed(error, pause_if_read_only=False):
 
     Redis is full        go on: it still serves hits
     Redis is read-only   go on, but connect again: after a failover, the host name
-                         leads to another node
+                         leads to another node. Pause as well if pause_if_read_only.
     any other error      do not use Redis for REDIS_PAUSE, then connect again
     """
     global paused_until
