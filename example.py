@@ -1,39 +1,39 @@
 """Cache-aside: Redis in front of MySQL.
 
-fetch(sql) caches the rows of a query as a string. record(key, sql) caches one row as a
-hash, and planet(id) is a record. They look in Redis first. On a miss they load the result
-from MySQL and store it in Redis for TTL seconds. query(sql) does not use the cache.
+fetch(sql) caches the rows of a query, as a string. record(key, sql, args) caches one row,
+as a hash, under a key that a save can remove; planet(id) calls it. Both look in Redis
+first. On a miss, they load the result from MySQL and store it in Redis for TTL seconds.
 
-Promises:
+This is what the code adds to the seven-line version:
+- If many callers miss the same key, one loads it and the others wait. See load_once.
+- A slow reader does not undo a save. See store_if_locked.
+- If Redis fails, calls query MySQL instead. See handle_redis_error.
+- A value that cannot be read is replaced, and a warning is logged. See look_up.
 - A hit returns what the miss returned, in values and types. It takes hardly longer than
-  the bare Redis call, and 10,000 rows come several times faster than from MySQL.
-- If many callers miss the same key, one queries MySQL and the others wait for it.
-- If Redis is down, full or holds garbage, calls query MySQL instead, and a warning is
-  logged, each at most once a minute. One process runs at most MAX_QUERIES queries at a
-  time, so that MySQL is not flooded.
-- A planet(id) that begins after save_planet has returned finds the new record.
-- fetch runs in a read-only session, and a value in Redis cannot run code.
-- Threads and forks do not share connections. One that MySQL has closed is replaced. If
-  a caller gives up, MySQL does not go on with its query.
-- A setting that is missing or malformed is named in one line.
+  the bare Redis call, and 10,000 rows come several times faster than from MySQL. A value
+  in Redis cannot run code, and every key expires. See Serialization.
+- A process runs at most MAX_QUERIES queries at a time. Threads and forks do not share a
+  connection. One that MySQL has closed is replaced. fetch runs in a read-only session.
+  See mysql_cursor.
 
 Limits:
-- A row that is changed or added in another way is old or missing for up to TTL seconds
-  after it was loaded. So is what fetch has cached of a saved planet, and every planet
-  if Redis cannot be reached, or refuses to write, while it is saved.
-- While Redis is down or full, callers do not share a query. Errors are never shared. A
-  load that takes longer than LOCK_TTL may be done twice.
-- A caller that does not get one of the MAX_QUERIES places within MYSQL_TIMEOUT raises
-  pymysql.OperationalError. If MySQL hangs, a call may take half a minute.
-- One reply later than REDIS_TIMEOUT counts as a failure of Redis. So does a result that
-  takes longer to send, of many MB, and one part of a cluster that cannot be reached.
+- Redis keeps a result for TTL seconds, even if its rows change in MySQL. Only save_planet
+  and invalidate remove it sooner, and only if they can reach Redis. save_planet does not
+  remove what fetch has cached.
+- While Redis is down, every call queries MySQL. While it is full, every miss does. A call
+  that gets none of the MAX_QUERIES slots within MYSQL_TIMEOUT raises an error.
+- If one reply takes longer than REDIS_TIMEOUT, this process does not use Redis for
+  REDIS_PAUSE, for any key. A result of many MB does that each time.
+- If a query fails, each waiting caller tries it again. If MySQL hangs, a call can take
+  half a minute.
 - Keys do not name the database: give each database a Redis of its own.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS) of a single node, any node of a
 cluster or a serverless cache; DB_HOST, DB_USER, DB_PASS, DB_NAME. Optional: DB_PORT, and
 DB_SSL_CA, a file of certificate authorities: MySQL must then show a certificate of one
-of them. Needs Python 3.9, the packages in requirements.txt, MySQL 5.7.20 or
-MariaDB 10.1 (the primary, not a replica), or newer, and the table in seed.sql.
+of them. Needs Linux or macOS, Python 3.9, the packages in requirements.txt, Redis 6.2,
+and the table in seed.sql in MySQL 5.7.20 or MariaDB 10.1 (the primary, not a replica),
+or newer versions.
 """
 
 import functools
@@ -55,20 +55,18 @@ import redis
 TTL = 10  # how long Redis keeps a result, in whole seconds
 REDIS_TIMEOUT = 0.2  # the longest wait for one reply from Redis
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
-MYSQL_TIMEOUT = 5  # the longest wait for one reply from MySQL
+MYSQL_TIMEOUT = 5  # the longest wait for one reply from MySQL, in whole seconds
 MAX_QUERIES = 10  # at a time in one process; MySQL's max_connections must allow for it
-LOCK_TTL = MYSQL_TIMEOUT + 1  # then a lock expires, if the process that loads has died
-MAX_WAIT = 2 * LOCK_TTL  # how long callers wait for another one to load
+LOCK_TTL = 2 * MYSQL_TIMEOUT  # then a lock expires; a slower load is not stored
+MAX_WAIT = 3 * MYSQL_TIMEOUT  # how long callers wait for another one to load
 POLL_EVERY = 0.05  # how often they look for the result
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
 MISS = object()  # what a look-up returns if the key is not in Redis
 NO_ROW = {"absent": ""}  # the hash for "no such row"; the fields of a row are JSON
 
-# A RedisClusterException means that a part of a cluster cannot be reached.
-REDIS_ERRORS = (redis.RedisError, redis.exceptions.RedisClusterException)
-# An ExecAbortError means that Redis became full between MULTI and EXEC.
-FULL_ERRORS = (redis.OutOfMemoryError, redis.exceptions.ExecAbortError)
+# redis-py raises the second one, which is no RedisError, if a cluster cannot be reached.
+REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
 
 log = logging.getLogger(__name__)
 
@@ -82,18 +80,17 @@ if missing := [name for name in required if not os.environ.get(name)]:
     raise SettingError(f"not set in the environment: {', '.join(missing)}")
 
 # ---- The two techniques
-# Each hands three functions to cache_aside: read looks in Redis, load queries MySQL, and
-# store queues commands in a pipe, which sends them to Redis together.
+# Each gives cache_aside three functions. read looks in Redis, and load queries MySQL.
+# store gets a redis-py pipeline, which collects commands and sends them together.
 
 
 def fetch(sql, args=None):
     """Return the rows of a query as a list of dicts, from Redis or MySQL.
 
     sql: a statement that returns rows. args: the values for each %s in it.
-    The key in Redis is the sql, followed by the args if there are any.
     Raises pymysql.Error if the rows are not cached and the query fails.
     """
-    key = sql if args is None else f"{sql} {args!r}"
+    key = fetch_key(sql, args)
 
     def read(client):
         text = client.get(key)
@@ -103,16 +100,23 @@ def fetch(sql, args=None):
         return query(sql, args)
 
     def store(pipe, rows):
-        pipe.setex(key, int(TTL), serialize(rows))
+        pipe.setex(key, TTL, serialize(rows))
 
     return cache_aside(key, read, load, store)
+
+
+def fetch_key(sql, args=None):
+    """Return the key of these rows, for invalidate. (1,) and [1] make different keys."""
+    key = sql if args is None else f"{sql} {args!r}"
+    return key.replace("}", r"\x7d")  # lock_name is only for keys without a }
 
 
 def record(key, sql, args=None):
     """Return one row as a dict, or None if there is no such row.
 
-    key: where the row is kept in Redis, as a hash. sql: a SELECT of one row.
-    args: as for fetch. Raises pymysql.Error if it is not cached and the query fails.
+    key: the key of the hash in Redis. Because of lock_name, it must not contain a }.
+    sql: a SELECT of one row. args: as for fetch.
+    Raises pymysql.Error if the row is not cached and the query fails.
     """
 
     def read(client):
@@ -131,8 +135,8 @@ def record(key, sql, args=None):
         fields = NO_ROW
         if row is not None:
             fields = {name: to_json(value) for name, value in row.items()}
-        pipe.delete(key)  # without this, fields of an older record could remain
         pipe.hset(key, mapping=fields)
+        # Redis would refuse EXPIRE with 10.5, but not HSET: the hash would stay forever.
         pipe.expire(key, int(TTL))
 
     return cache_aside(key, read, load, store)
@@ -158,13 +162,15 @@ def save_planet(id, name):
         raise ValueError(f"not the id of a planet: {id}")
     sql = "INSERT INTO planet SET id = %s, name = %s ON DUPLICATE KEY UPDATE name = %s"
     try:
-        query(sql, (id, name, name), write=True)
+        write(sql, (id, name, name))
     finally:  # even after an error: MySQL may have saved, and only its reply was lost
         invalidate(f"planet:{id}")
     return planet(id)
 
 
 # ---- The strategy they share
+# One caller loads and stores: the one that has the lock of the key. A save deletes the
+# lock. From the load on, an error of Redis is logged, and the result is returned.
 
 
 def cache_aside(key, read, load, store):
@@ -174,100 +180,88 @@ def cache_aside(key, read, load, store):
     load(): returns the result from MySQL.
     store(pipe, result): queues the Redis commands that store the result.
     """
-    if redis_is_paused():
-        return load()
-    try:
-        client = redis_client()
-        if (result := look_up(client, read)) is not MISS:
-            log.debug("hit: %s", key)
-            return result
-
-        # Remember what load() returns. If Redis fails after the query, the last line of
-        # this function then returns the same result without a second query.
-        load = functools.cache(load)
-
-        # One caller gets the lock and loads. The others look for its result in Redis.
-        # After MAX_WAIT they stop waiting and load without the lock. The lock only saves
-        # queries: what keeps old results out of Redis is WATCH, in load_and_store.
-        lock = client.lock(f"lock:{key}", timeout=LOCK_TTL)
-        deadline = time.monotonic() + MAX_WAIT
-        while not lock.acquire(blocking=False):
-            if time.monotonic() > deadline:
-                return load()
-            time.sleep(POLL_EVERY)
-            if (result := look_up(client, read)) is not MISS:
-                return result
+    if not redis_is_paused():
         try:
-            return load_and_store(client, key, read, load, store)
-        finally:
-            with suppress(*REDIS_ERRORS):  # a lock that is not released expires
-                lock.release()
-    except REDIS_ERRORS as error:
-        redis_failed(error)
-        return load()
+            client = redis_client()
+            if (result := look_up(client, key, read)) is not MISS:
+                return result
+            return load_once(client, key, read, load, store)
+        except REDIS_ERRORS as error:  # from before the load
+            handle_redis_error(error)
+    return load()
 
 
-def load_and_store(client, key, read, load, store):
-    """Load the result, and store it unless the key was changed in the meantime.
+def load_once(client, key, read, load, store):
+    """Load the result in one caller, while the others wait for it in Redis.
 
-    A slow reader must not store an old record after a save. Commands between MULTI and
-    EXEC are carried out together. WATCH makes Redis refuse them if the key was changed:
+    A caller that has waited for MAX_WAIT loads without the lock, and does not store.
+    """
+    lock = client.lock(lock_name(key), timeout=LOCK_TTL)
+    deadline = time.monotonic() + MAX_WAIT
+    while not lock.acquire(blocking=False):
+        if time.monotonic() > deadline:
+            return load()
+        time.sleep(POLL_EVERY)
+        if (result := look_up(client, key, read)) is not MISS:
+            return result
+    try:
+        # The caller that had the lock before may have stored the result.
+        if (result := look_up(client, key, read)) is MISS:
+            result = load()
+            store_if_locked(client, lock, store, result)
+        return result
+    finally:
+        with suppress(*REDIS_ERRORS):  # a lock that is not released expires
+            lock.release()
+
+
+def store_if_locked(client, lock, store, result):
+    """Store the result, unless this caller has lost the lock while it loaded.
+
+    A slow reader must not store an old record after a save. So the save deletes the lock:
 
         reader                       save_planet
-        WATCH key
+        take the lock
         SELECT: the old record
                                      INSERT ... ON DUPLICATE KEY UPDATE
-                                     invalidate: SET key, DELETE key
-        MULTI, store, EXEC: refused
+                                     invalidate: DELETE the key and the lock
+        the lock is lost: do not store
     """
-    with client.pipeline(transaction=True) as pipe:
-        pipe.watch(key)
-        # The caller that had the lock before may have stored the result.
-        if (result := look_up(client, read)) is not MISS:
-            return result
-        result = load()
-        pipe.multi()
-        store(pipe, result)
-        try:
-            pipe.execute()
-        except redis.WatchError as error:
-            # The key was changed: the result is not stored. redis-py raises this error,
-            # with another message, if the connection was lost, too.
-            if "Watched variable" not in str(error):
-                raise
-        return result
+    try:
+        with client.pipeline(transaction=True) as pipe:
+            pipe.watch(lock.name)  # if the lock is deleted after this, execute() fails
+            if lock.owned():
+                pipe.multi()  # from here on, the pipe only collects the commands
+                store(pipe, result)
+                pipe.execute()  # Redis carries them all out together, or none
+    except redis.WatchError:
+        pass  # the lock was lost just now
+    except REDIS_ERRORS as error:
+        handle_redis_error(error)
 
 
 def invalidate(key):
     """Remove a key from Redis. Call it after each change of its row in MySQL."""
     try:
-        client = redis_client()
-        refuse_slow_readers(client, key)
-        # A full Redis refuses the line above, but not this one. The lock is deleted so
-        # that the next caller does not wait for a slow reader, and gets the new row.
-        client.delete(key, f"lock:{key}")
+        redis_client().delete(key, lock_name(key))
     except REDIS_ERRORS as error:
-        warn("a key in Redis may stay old for TTL seconds", type(error).__name__)
-        # save_planet must not return the old record, which may still be there.
-        redis_failed(error, pause_if_read_only=True)
+        warn(f"a key in Redis may stay old for {TTL} seconds", error)
+        pause_redis()  # so that save_planet does not return the old record
 
 
-def refuse_slow_readers(client, key):
-    """Change the key, so that Redis refuses the EXEC of those who WATCH it.
+def lock_name(key):
+    """Return the key of the lock.
 
-    If the key is not there, DELETE does not change it, but SET does.
+    In a cluster, store_if_locked needs both keys on one node. The node follows from the
+    text between { and the next }, or from the whole key if it has no such braces.
     """
-    pipe = client.pipeline(transaction=True)
-    pipe.set(key, "")
-    pipe.delete(key)
-    with suppress(*FULL_ERRORS):  # a full Redis also refuses the slow reader's EXEC
-        pipe.execute()
+    return f"lock:{{{key}}}"
 
 
-def look_up(client, read):
-    """Return read(client), or MISS if the value in Redis cannot be read."""
+def look_up(client, key, read):
+    """Return the result that is in Redis, or MISS. Delete a value that cannot be read."""
     try:
-        return read(client)
+        result = read(client)
     except Exception as error:
         # If Redis failed, that is for the caller. WRONGTYPE is no failure: the key holds
         # another kind of value, such as a list. Any other error comes from decoding.
@@ -275,15 +269,18 @@ def look_up(client, read):
             raise
         # Only the type of the error is logged, because its text can quote the value.
         warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
+        client.delete(key)
         return MISS
+    if result is not MISS:
+        log.debug("hit: %s", key)
+    return result
 
 
 # ---- Serialization: JSON, because unpickling a value could run code
 
-# Decimal("1.50") becomes {"Decimal": "1.50"}. A column of such values becomes one object,
-# {"Decimal": ["1.50", "2.00"]}, which is read much faster than one for each value.
-# No type is written as a list, so a list is always a column.
-# These are the types that JSON lacks: how to write a value, and how to read it.
+# The types that JSON lacks: how a value is written, and how it is read. In fetch, a whole
+# column becomes one JSON object, because many rows are then read twice as fast as with an
+# object for each value.
 CODECS = {
     "Decimal": (str, Decimal),
     "datetime": (datetime.isoformat, datetime.fromisoformat),
@@ -294,24 +291,28 @@ CODECS = {
 
 
 def encode(value):
-    """Return what JSON stores for a value of a type that it lacks."""
+    """Decimal("1.50") -> {"Decimal": "1.50"}. The encoder calls this for such types."""
     name = type(value).__name__
     return {name: CODECS[name][0](value)}
 
 
 def encode_column(values):
-    """Return what JSON stores for a column. Only if all have one type, one object."""
-    name = type(values[0]).__name__
-    if name not in CODECS or {type(value).__name__ for value in values} != {name}:
-        return values  # encode is then called for each value that JSON lacks
+    """[Decimal("1.50"), Decimal("2")] -> {"Decimal": ["1.50", "2"]}
+
+    A column of several types is returned as it is, and encode is called for each value.
+    """
+    types = {type(value).__name__ for value in values}
+    name = types.pop()
+    if types or name not in CODECS:
+        return values
     return {name: list(map(CODECS[name][0], values))}
 
 
 def decode(pairs):
-    """Return the value or the column that one JSON object stands for."""
-    [(name, value)] = pairs
-    convert = CODECS[name][1]
-    return list(map(convert, value)) if isinstance(value, list) else convert(value)
+    """Return the value, or the column, for one object. Only a column is a list."""
+    [(name, written)] = pairs
+    read = CODECS[name][1]
+    return list(map(read, written)) if isinstance(written, list) else read(written)
 
 
 to_json = json.JSONEncoder(default=encode, separators=(",", ":")).encode
@@ -319,15 +320,12 @@ decoder = json.JSONDecoder(object_pairs_hook=decode)
 
 
 def from_json(text):
-    # json.loads also looks for spaces around the value: a hit would take 3 % longer.
+    # decoder.decode() looks for spaces around the value: a hit would take 3 % longer.
     return decoder.raw_decode(text)[0]
 
 
 def serialize(rows):
-    """Return the names, then the columns: [["id","name"],[[1,2],["Mercury","Venus"]]].
-
-    10,000 rows are read twice as fast in this form as in a list of objects.
-    """
+    """Return the names, then the columns: [["id","name"],[[1,2],["Mercury","Venus"]]]"""
     names = list(rows[0]) if rows else []
     columns = zip(*map(dict.values, rows))
     return to_json([names, list(map(encode_column, columns))])
@@ -354,6 +352,8 @@ except (TypeError, ValueError, redis.RedisError):
     # Not with the text of this error: it could show the password.
     raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
 
+NO_REPLY = (redis.ConnectionError, redis.TimeoutError)
+NO_CLUSTER = (redis.RedisClusterException, redis.exceptions.ClusterError)
 paused_until = 0  # the time.monotonic() at which Redis is used again
 warned_at = {}  # warning -> the time.monotonic() at which it was logged
 
@@ -371,29 +371,33 @@ def redis_is_paused():
     return time.monotonic() < paused_until
 
 
-def redis_failed(error, pause_if_read_only=False):
-    """Log the error, and decide how to go on.
+def pause_redis():
+    """Do not use Redis for REDIS_PAUSE, and then connect again.
 
-    Redis is full        go on: it still serves hits
-    Redis is read-only   go on, but connect again: after a failover, the host name
-                         leads to another node. Pause as well if pause_if_read_only.
-    any other error      do not use Redis for REDIS_PAUSE, then connect again
+    A save uses Redis even in a pause. Its failure does not make the pause longer, because
+    many saves would then keep Redis out of use.
     """
     global paused_until
-    if redis_is_paused():  # a save uses Redis even now, but does not prolong the pause
-        return
+    if not redis_is_paused():
+        redis_client.cache_clear()
+        paused_until = time.monotonic() + REDIS_PAUSE
+
+
+def handle_redis_error(error):
+    """Log a warning, and pause if Redis is out of reach.
+
+    If Redis only refuses a command, because it is full for example, it still serves hits.
+    """
     # redis-py may quote the command, with its data, before "caused error: ".
     warn("Redis failed, MySQL is used", str(error).split("caused error: ")[-1])
-    if isinstance(error, FULL_ERRORS):
-        return
-    redis_client.cache_clear()
-    if isinstance(error, redis.ReadOnlyError) and not pause_if_read_only:
-        return
-    paused_until = time.monotonic() + REDIS_PAUSE
+    if isinstance(error, NO_REPLY + NO_CLUSTER):
+        pause_redis()
+    elif isinstance(error, redis.ReadOnlyError):
+        redis_client.cache_clear()  # the host name may lead to another node by now
 
 
 def warn(problem, reason):
-    """Log a warning, unless the same problem was logged in the last WARN_EVERY seconds."""
+    """Log a warning, unless it was logged in the last WARN_EVERY seconds."""
     now = time.monotonic()
     if problem not in warned_at or now - warned_at[problem] >= WARN_EVERY:
         warned_at[problem] = now
@@ -402,10 +406,10 @@ def warn(problem, reason):
 
 # ---- MySQL
 
-# One statement for MySQL, which reads /*! */, and MariaDB, which reads /*M! */. A session
-# is read-only. MySQL ends a query, or a wait for a lock, after its caller has given up.
+# A session is read-only. A query ends after MYSQL_TIMEOUT in MySQL, too, and a wait for a
+# lock after 2 seconds. MySQL carries out what is in /*! */, MariaDB what is in /*M! */.
 SESSION_SETTINGS = f"""SET SESSION
-    /*!50720 transaction_read_only = 1, max_execution_time = {int(MYSQL_TIMEOUT * 1000)}, */
+    /*!50720 transaction_read_only = 1, max_execution_time = {MYSQL_TIMEOUT * 1000}, */
     /*M!100101 tx_read_only = 1, max_statement_time = {MYSQL_TIMEOUT}, */
     innodb_lock_wait_timeout = 2, lock_wait_timeout = 2"""
 port = os.environ.get("DB_PORT") or "3306"
@@ -418,7 +422,7 @@ MYSQL_OPTIONS = {
     "password": os.environ["DB_PASS"].encode(),  # PyMySQL would send text as Latin-1
     "database": os.environ["DB_NAME"],
     "cursorclass": pymysql.cursors.DictCursor,
-    # Without autocommit, one transaction never ends and always sees the same data.
+    # Without it, a connection stays in its first transaction and sees no later change.
     "autocommit": True,
     "init_command": SESSION_SETTINGS,
     "connect_timeout": MYSQL_TIMEOUT,
@@ -432,65 +436,72 @@ if ca := os.environ.get("DB_SSL_CA"):
         raise SettingError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
 
 
-@functools.cache
-def slots_and_idle(pid):
-    """Return the slots and the idle connections of a process. A fork has its own."""
-    return threading.Semaphore(MAX_QUERIES), []
+def reset_connections():
+    """Begin without connections. A fork must not use those of its parent."""
+    global slots, idle_connections
+    slots, idle_connections = threading.Semaphore(MAX_QUERIES), []
 
 
-slots_and_idle(os.getpid())  # now, because two threads at once would make two of them
+reset_connections()
+os.register_at_fork(after_in_child=reset_connections)
 
 
-@contextmanager
-def mysql_connection():
-    """Lend a connection to one caller. Raise if no slot is free for MYSQL_TIMEOUT."""
-    slots, idle = slots_and_idle(os.getpid())
-    if not slots.acquire(timeout=MYSQL_TIMEOUT):
-        raise pymysql.OperationalError(1040, f"{MAX_QUERIES} queries are running here")
-    try:
-        connection = take_idle(idle) or pymysql.connect(**MYSQL_OPTIONS)
-        try:
-            yield connection
-        except BaseException:
-            connection.close()  # its state is unknown
-            raise
-        idle.append(connection)
-    finally:
-        slots.release()
-
-
-def take_idle(idle):
-    """Take an idle connection. Return None if there is none, or MySQL has closed it."""
+def take_idle_connection():
+    """Return a connection that still works, or None."""
     with suppress(IndexError, pymysql.Error):
-        connection = idle.pop()
+        connection = idle_connections.pop()
         connection.ping(reconnect=False)
         return connection
     return None
 
 
-def query(sql, args=None, write=False):
-    """Run one statement in MySQL and return its rows as a list of dicts.
+@contextmanager
+def mysql_cursor():
+    """Lend a cursor to one caller, on a connection that no other caller uses."""
+    if not slots.acquire(timeout=MYSQL_TIMEOUT):
+        raise pymysql.OperationalError(f"all {MAX_QUERIES} slots are in use")
+    try:
+        connection = take_idle_connection() or pymysql.connect(**MYSQL_OPTIONS)
+        try:
+            yield connection.cursor()
+        except BaseException:
+            connection.close()  # its state is unknown
+            raise
+        idle_connections.append(connection)
+    finally:
+        slots.release()
 
-    write: the statement may change data. Raises pymysql.Error.
-    """
-    with mysql_connection() as connection, connection.cursor() as cursor:
-        if write:
-            cursor.execute("SET TRANSACTION READ WRITE")  # only for the next statement
+
+def query(sql, args=None):
+    """Return the rows of a query from MySQL as a list of dicts. Raises pymysql.Error."""
+    with mysql_cursor() as cursor:
         start = time.perf_counter()
         cursor.execute(sql, args)
-        rows = list(cursor.fetchall())
         log.debug("MySQL, %.2f ms: %s", 1000 * (time.perf_counter() - start), sql)
-        # A statement without rows may have changed the session, as START TRANSACTION READ
-        # WRITE does. Because of this error, the connection is not used again.
-        if not (write or cursor.description):
+        # Without rows, it may be a SET that makes the session writable. The error makes
+        # mysql_cursor close the connection.
+        if not cursor.description:
             raise pymysql.ProgrammingError(f"not a query: {sql}")
-    return rows
+        return list(cursor.fetchall())
+
+
+def write(sql, args=None):
+    """Run a statement that changes data. Return the id of the row that it inserted.
+
+    Raises pymysql.Error.
+    """
+    with mysql_cursor() as cursor:
+        cursor.execute("SET TRANSACTION READ WRITE")  # for the next statement only
+        cursor.execute(sql, args)
+        return cursor.lastrowid
 
 
 # ---- The demonstration
 
 if __name__ == "__main__":
-    calls = [(fetch, "SELECT * FROM planet"), (planet, 1), (planet, 2), (planet, 3)]
+    planets = "SELECT * FROM planet"
+    costly = "SELECT COUNT(*) FROM " + ", ".join(f"planet {name}" for name in "abcdef")
+    calls = [(fetch, planets), (fetch, costly), (planet, 1), (planet, 99)]
     try:
         # A miss, so that both servers are connected before times are taken.
         fetch("SELECT %s", (time.time(),))
@@ -502,4 +513,4 @@ if __name__ == "__main__":
             result = function(argument)
             print(f"    {1000 * (time.perf_counter() - start):.2f} ms: {result}")
     except pymysql.Error as error:
-        sys.exit(f"MySQL: {error.args[-1]}; check DB_HOST and the other DB_ variables")
+        sys.exit(f"MySQL: {error.args[-1]}; check the DB_ variables and load seed.sql")

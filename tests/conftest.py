@@ -12,6 +12,7 @@ from servers import Servers
 from tools import PROJECT, plain, plain_mysql
 
 servers = Servers()
+loaded = []  # the modules that a test has loaded
 
 
 def pytest_configure(config):
@@ -44,7 +45,16 @@ def load(**environment):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "environ", {**os.environ, **environment})
         spec.loader.exec_module(module)
+    loaded.append(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def close_connections():
+    """After each test. A module is never deleted, because it is told of each fork."""
+    yield
+    while loaded:
+        loaded.pop().reset_connections()
 
 
 @pytest.fixture(scope="session")

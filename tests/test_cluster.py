@@ -56,7 +56,7 @@ def test_sql_with_braces_in_it_is_cached(text, modules, cache, caplog):
     sql = f"SELECT '{text}' AS text, name FROM planet WHERE id = 1"
     row = {"text": text, "name": "Mercury"}
     assert modules[0].fetch(sql) == [row]
-    plant(cache, sql)
+    plant(cache, modules[0].fetch_key(sql))
     assert modules[0].fetch(sql) == [{**row, "name": "Planted"}]
     assert modules[0].fetch("SELECT %s AS text", (text,)) == [{"text": text}]
     assert not warnings(caplog, modules[0])
@@ -97,7 +97,7 @@ def test_a_crowd_is_one_query(text, modules, cache, db):
     assert time.monotonic() - start < 1.5
     assert list(results) == 60 * [[{"x": text, "y": 0}]]
     assert selects(db) == before + 1
-    assert not cache.exists(f"lock:{sql}")
+    assert not cache.exists(modules[0].lock_name(modules[0].fetch_key(sql)))
 
 
 def test_a_hit_is_one_command(modules, cache):

@@ -201,10 +201,8 @@ def test_a_crowd_at_a_redis_that_hangs_waits_for_one_timeout(caplog, cached, own
 
 
 @pytest.mark.parametrize("fault", ["pause", "kill"])
-@pytest.mark.parametrize("moment", ["query", "load_and_store"])
-def test_a_loaded_result_is_not_loaded_again(
-    fault, moment, cached, own_redis, db, caplog
-):
+@pytest.mark.parametrize("moment", ["query", "store_if_locked"])
+def test_a_loaded_result_is_not_loaded_again(fault, moment, cached, own_redis, db):
     function = getattr(cached, moment)
 
     def then_break(*args):
@@ -219,7 +217,6 @@ def test_a_loaded_result_is_not_loaded_again(
     result, seconds = timed(cached.planet, 1)
     assert (result, selects(db)) == (MERCURY, before + 1)
     assert seconds < 1.5  # to store and to release the lock are several timeouts
-    assert len(warnings(caplog, cached)) == (moment == "query")  # it was not stored
 
 
 def test_a_redis_killed_and_restarted_between_calls_is_hardly_noticed(
@@ -332,7 +329,7 @@ def test_a_mistake_in_a_decoder_is_reported(example, cache, caplog):
 def test_if_the_process_that_loads_is_killed_another_one_loads(at_once):
     results, queries = at_once["loader"].result(30)
     assert [result.get("answer") for result in results] == [MERCURY] * 50
-    assert 4 < max(result["seconds"] for result in results) < 8
+    assert 8 < max(result["seconds"] for result in results) < 12
     assert queries == 2  # by the one that was killed, and by one of fifty
 
 
@@ -386,7 +383,7 @@ def test_while_mysql_is_down_hits_are_served_and_misses_fail_at_once(
         assert call.result(30) < 3
     with pytest.raises(pymysql.err.OperationalError):
         module.save_planet(2, "Lost")
-    assert not cache.exists("planet:2", "lock:planet:2")
+    assert not cache.exists("planet:2", "lock:{planet:2}")
     assert not warnings(caplog, module)
     breakable_mysql.start()
     assert module.planet(2) == VENUS
@@ -396,7 +393,7 @@ def test_callers_that_miss_while_mysql_hangs_get_its_error_within_seconds(
     module, breakable_mysql
 ):
     shorten_timeouts(module)
-    assert module.MAX_WAIT == 12
+    assert module.MAX_WAIT == 15
     module.MAX_WAIT = module.MYSQL_TIMEOUT = 0.5
     is_right(module)
     breakable_mysql.pause()
@@ -435,7 +432,7 @@ def test_a_process_runs_at_most_max_queries_at_a_time(example, cache, db):
     time.sleep(0.3)
     assert running(db, "FROM planet") == example.MAX_QUERIES == 10
     example.MYSQL_TIMEOUT = 0.2
-    with pytest.raises(pymysql.err.OperationalError, match="10 queries are running"):
+    with pytest.raises(pymysql.err.OperationalError, match="all 10 slots"):
         example.fetch("SELECT 'one too many' FROM planet")
     db.execute("UNLOCK TABLES")
     assert [len(call.result(10)) for call in calls] == 15 * [8]

@@ -1,6 +1,7 @@
 """After save_planet has returned, every planet(id) returns the saved record."""
 
 import threading
+import time
 
 import pymysql
 import pytest
@@ -68,13 +69,32 @@ def test_a_reader_who_stores_late_does_not_undo_a_save(moment, id, cache, db):
     assert reader.planet(id) == saver.planet(id) == other.planet(id) == new
 
 
-def test_a_slow_reader_does_not_undo_an_invalidate(example, db):
-    reading, go_on = begin_slow(load(), 1)
+@pytest.mark.parametrize("lock", ["held", "expired"])
+def test_a_slow_reader_does_not_undo_an_invalidate(lock, example, db):
+    reader = load()
+    if lock == "expired":
+        reader.LOCK_TTL = 0.1
+    reading, go_on = begin_slow(reader, 1)
+    time.sleep(0.2)
     db.execute("UPDATE planet SET name = 'New' WHERE id = 1")
     example.invalidate("planet:1")
     go_on.set()
     assert reading.result(10) == MERCURY
     assert example.planet(1) == NEW
+
+
+def test_a_slow_reader_does_not_undo_an_invalidate_in_a_full_redis(new_servers, db):
+    server = new_servers.redis("--maxmemory-policy", "noeviction")
+    module = load(REDIS_URL=server.url)
+    reading, go_on = begin_slow(load(REDIS_URL=server.url), 1)
+    with plain(server) as cache:
+        cache.config_set("maxmemory", 1)
+        db.execute("UPDATE planet SET name = 'New' WHERE id = 1")
+        module.invalidate("planet:1")
+        cache.config_set("maxmemory", 0)
+    go_on.set()
+    assert reading.result(10) == MERCURY
+    assert module.planet(1) == NEW
 
 
 def test_saves_and_reads_at_once_leave_the_cache_equal_to_the_database(cache, db):
