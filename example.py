@@ -1,17 +1,20 @@
 """Cache-aside: Redis in front of MySQL.
 
-fetch(sql) caches the rows of a query, as a string. record(key, sql, args) caches one row,
-as a hash, under a key that a save can remove; planet(id) calls it. Both look in Redis
-first. On a miss, they load the result from MySQL and store it in Redis for TTL seconds.
+fetch(sql) caches the rows of a query, as a string under the text of the query.
+record(key, sql) caches one row, as a hash under a key that the caller chooses; planet(id)
+calls it. Both look in Redis first. On a miss, they load the result from MySQL and store
+it in Redis for TTL seconds.
 
 This is what the code adds to the seven-line version:
 - If many callers miss the same key, one loads it and the others wait. See load_once.
 - A slow reader does not undo a save. See store_if_locked.
 - If Redis fails, calls query MySQL instead. See handle_redis_error.
 - A value that cannot be read is replaced, and a warning is logged. See look_up.
-- A hit returns what the miss returned, in values and types. It takes hardly longer than
-  the bare Redis call, and 10,000 rows come several times faster than from MySQL. A value
-  in Redis cannot run code, and every key expires. See Serialization.
+- A hit returns what the miss returned, in values and types. A value in Redis cannot run
+  code. See Serialization.
+- A hit is fast: it takes hardly longer than the bare Redis call, and 10,000 rows come
+  several times faster than from MySQL. See from_json and encode_column.
+- Every key expires, also after a crash. See store_if_locked.
 - A process runs at most MAX_QUERIES queries at a time. Threads and forks do not share a
   connection. One that MySQL has closed is replaced. fetch runs in a read-only session.
   See mysql_cursor.
@@ -23,7 +26,9 @@ Limits:
 - While Redis is down, every call queries MySQL. While it is full, every miss does. A call
   that gets none of the MAX_QUERIES slots within MYSQL_TIMEOUT raises an error.
 - If one reply takes longer than REDIS_TIMEOUT, this process does not use Redis for
-  REDIS_PAUSE, for any key. A result of many MB does that each time.
+  REDIS_PAUSE, for any key. A result of many MB can cause that.
+- If a process dies while it loads, or Redis hangs while a caller takes a lock, the other
+  callers of that key wait for LOCK_TTL.
 - If a query fails, each waiting caller tries it again. If MySQL hangs, a call can take
   half a minute.
 - Keys do not name the database: give each database a Redis of its own.
@@ -52,21 +57,24 @@ import pymysql
 import redis
 
 # All times are in seconds.
-TTL = 10  # how long Redis keeps a result, in whole seconds
+TTL = 10  # how long Redis keeps a result; a fraction of a second is cut off
 REDIS_TIMEOUT = 0.2  # the longest wait for one reply from Redis
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for one reply from MySQL, in whole seconds
-MAX_QUERIES = 10  # at a time in one process; MySQL's max_connections must allow for it
-LOCK_TTL = 2 * MYSQL_TIMEOUT  # then a lock expires; a slower load is not stored
+MAX_QUERIES = (
+    10  # at a time in one process; all processes need max_connections of MySQL
+)
+LOCK_TTL = 2 * MYSQL_TIMEOUT  # how long a lock lives; a slower load is not stored
 MAX_WAIT = 3 * MYSQL_TIMEOUT  # how long callers wait for another one to load
-POLL_EVERY = 0.05  # how often they look for the result
+POLL_EVERY = 0.05  # the pause before they look for its result again
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
 MISS = object()  # what a look-up returns if the key is not in Redis
 NO_ROW = {"absent": ""}  # the hash for "no such row"; the fields of a row are JSON
 
-# redis-py raises the second one, which is no RedisError, if a cluster cannot be reached.
+# Errors of redis-py. Those of a cluster that cannot be reached are no RedisErrors.
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
+NO_REPLY = (redis.ConnectionError, redis.TimeoutError, redis.RedisClusterException)
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +87,7 @@ required = ["REDIS_URL", "DB_HOST", "DB_USER", "DB_PASS", "DB_NAME"]
 if missing := [name for name in required if not os.environ.get(name)]:
     raise SettingError(f"not set in the environment: {', '.join(missing)}")
 
-# ---- The two techniques
+# ---- The two techniques: rows as a string, and a row as a hash
 # Each gives cache_aside three functions. read looks in Redis, and load queries MySQL.
 # store gets a redis-py pipeline, which collects commands and sends them together.
 
@@ -100,24 +108,28 @@ def fetch(sql, args=None):
         return query(sql, args)
 
     def store(pipe, rows):
-        pipe.setex(key, TTL, serialize(rows))
+        pipe.setex(key, int(TTL), serialize(rows))
 
     return cache_aside(key, read, load, store)
 
 
 def fetch_key(sql, args=None):
-    """Return the key of these rows, for invalidate. (1,) and [1] make different keys."""
+    """Return the key of these rows, as in invalidate(fetch_key(sql, args)).
+
+    The args must be written as for fetch: (1,) and [1] make different keys.
+    """
     key = sql if args is None else f"{sql} {args!r}"
-    return key.replace("}", r"\x7d")  # lock_name is only for keys without a }
+    return key.replace("}", r"\x7d")  # because of lock_name
 
 
 def record(key, sql, args=None):
     """Return one row as a dict, or None if there is no such row.
 
-    key: the key of the hash in Redis. Because of lock_name, it must not contain a }.
-    sql: a SELECT of one row. args: as for fetch.
+    key: the key in Redis. sql: a SELECT of one row. args: as for fetch.
     Raises pymysql.Error if the row is not cached and the query fails.
     """
+    if "}" in key:  # because of lock_name
+        raise ValueError(f"a key must not contain a }}: {key}")
 
     def read(client):
         fields = client.hgetall(key)
@@ -136,7 +148,6 @@ def record(key, sql, args=None):
         if row is not None:
             fields = {name: to_json(value) for name, value in row.items()}
         pipe.hset(key, mapping=fields)
-        # Redis would refuse EXPIRE with 10.5, but not HSET: the hash would stay forever.
         pipe.expire(key, int(TTL))
 
     return cache_aside(key, read, load, store)
@@ -169,8 +180,8 @@ def save_planet(id, name):
 
 
 # ---- The strategy they share
-# One caller loads and stores: the one that has the lock of the key. A save deletes the
-# lock. From the load on, an error of Redis is logged, and the result is returned.
+# Only the caller that has the lock of a key stores a result. A save deletes the lock.
+# An error of Redis before the load leads to load(). A later one does not lose the result.
 
 
 def cache_aside(key, read, load, store):
@@ -186,7 +197,7 @@ def cache_aside(key, read, load, store):
             if (result := look_up(client, key, read)) is not MISS:
                 return result
             return load_once(client, key, read, load, store)
-        except REDIS_ERRORS as error:  # from before the load
+        except REDIS_ERRORS as error:  # an error before the load
             handle_redis_error(error)
     return load()
 
@@ -194,12 +205,12 @@ def cache_aside(key, read, load, store):
 def load_once(client, key, read, load, store):
     """Load the result in one caller, while the others wait for it in Redis.
 
-    A caller that has waited for MAX_WAIT loads without the lock, and does not store.
+    A caller that has waited for MAX_WAIT loads without the lock and does not store.
     """
     lock = client.lock(lock_name(key), timeout=LOCK_TTL)
     deadline = time.monotonic() + MAX_WAIT
     while not lock.acquire(blocking=False):
-        if time.monotonic() > deadline:
+        if redis_is_paused() or time.monotonic() > deadline:
             return load()
         time.sleep(POLL_EVERY)
         if (result := look_up(client, key, read)) is not MISS:
@@ -234,8 +245,8 @@ def store_if_locked(client, lock, store, result):
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them all out together, or none
-    except redis.WatchError:
-        pass  # the lock was lost just now
+    except redis.WatchError as error:  # the lock has just been lost, or the connection
+        log.debug("not stored: %s", error)
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
@@ -250,10 +261,10 @@ def invalidate(key):
 
 
 def lock_name(key):
-    """Return the key of the lock.
+    """Return the key of the lock: lock:{planet:1}
 
-    In a cluster, store_if_locked needs both keys on one node. The node follows from the
-    text between { and the next }, or from the whole key if it has no such braces.
+    A transaction needs both keys on one node of a cluster. The node of a key depends on
+    the text between { and the first }, if it has these, or else on the whole key.
     """
     return f"lock:{{{key}}}"
 
@@ -263,8 +274,8 @@ def look_up(client, key, read):
     try:
         result = read(client)
     except Exception as error:
-        # If Redis failed, that is for the caller. WRONGTYPE is no failure: the key holds
-        # another kind of value, such as a list. Any other error comes from decoding.
+        # If Redis failed, raise. But WRONGTYPE means that the key holds another kind of
+        # value, such as a list. Any other error comes from decoding a damaged value.
         if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
             raise
         # Only the type of the error is logged, because its text can quote the value.
@@ -309,10 +320,10 @@ def encode_column(values):
 
 
 def decode(pairs):
-    """Return the value, or the column, for one object. Only a column is a list."""
-    [(name, written)] = pairs
-    read = CODECS[name][1]
-    return list(map(read, written)) if isinstance(written, list) else read(written)
+    """{"Decimal": "1.50"} -> Decimal("1.50"), and the same for a column."""
+    [(name, text)] = pairs
+    convert = CODECS[name][1]
+    return list(map(convert, text)) if isinstance(text, list) else convert(text)
 
 
 to_json = json.JSONEncoder(default=encode, separators=(",", ":")).encode
@@ -327,7 +338,7 @@ def from_json(text):
 def serialize(rows):
     """Return the names, then the columns: [["id","name"],[[1,2],["Mercury","Venus"]]]"""
     names = list(rows[0]) if rows else []
-    columns = zip(*map(dict.values, rows))
+    columns = zip(*(row.values() for row in rows))
     return to_json([names, list(map(encode_column, columns))])
 
 
@@ -352,8 +363,6 @@ except (TypeError, ValueError, redis.RedisError):
     # Not with the text of this error: it could show the password.
     raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
 
-NO_REPLY = (redis.ConnectionError, redis.TimeoutError)
-NO_CLUSTER = (redis.RedisClusterException, redis.exceptions.ClusterError)
 paused_until = 0  # the time.monotonic() at which Redis is used again
 warned_at = {}  # warning -> the time.monotonic() at which it was logged
 
@@ -390,7 +399,7 @@ def handle_redis_error(error):
     """
     # redis-py may quote the command, with its data, before "caused error: ".
     warn("Redis failed, MySQL is used", str(error).split("caused error: ")[-1])
-    if isinstance(error, NO_REPLY + NO_CLUSTER):
+    if isinstance(error, NO_REPLY):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
         redis_client.cache_clear()  # the host name may lead to another node by now
@@ -407,7 +416,7 @@ def warn(problem, reason):
 # ---- MySQL
 
 # A session is read-only. A query ends after MYSQL_TIMEOUT in MySQL, too, and a wait for a
-# lock after 2 seconds. MySQL carries out what is in /*! */, MariaDB what is in /*M! */.
+# lock after 2 seconds. MySQL reads the line with /*!50720, and MariaDB that with /*M!.
 SESSION_SETTINGS = f"""SET SESSION
     /*!50720 transaction_read_only = 1, max_execution_time = {MYSQL_TIMEOUT * 1000}, */
     /*M!100101 tx_read_only = 1, max_statement_time = {MYSQL_TIMEOUT}, */
@@ -430,14 +439,14 @@ MYSQL_OPTIONS = {
     "write_timeout": MYSQL_TIMEOUT,
 }
 if ca := os.environ.get("DB_SSL_CA"):
-    try:  # PyMySQL then requires TLS, and checks certificate and host name
+    try:  # PyMySQL then refuses a server without TLS, or with another certificate or name
         MYSQL_OPTIONS["ssl"] = ssl.create_default_context(cafile=ca)
     except OSError as error:
         raise SettingError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
 
 
 def reset_connections():
-    """Begin without connections. A fork must not use those of its parent."""
+    """Start an empty pool. A fork must not use the connections of its parent."""
     global slots, idle_connections
     slots, idle_connections = threading.Semaphore(MAX_QUERIES), []
 
@@ -457,7 +466,7 @@ def take_idle_connection():
 
 @contextmanager
 def mysql_cursor():
-    """Lend a cursor to one caller, on a connection that no other caller uses."""
+    """Lend a cursor on a connection of the pool, which no other caller uses meanwhile."""
     if not slots.acquire(timeout=MYSQL_TIMEOUT):
         raise pymysql.OperationalError(f"all {MAX_QUERIES} slots are in use")
     try:
@@ -475,9 +484,7 @@ def mysql_cursor():
 def query(sql, args=None):
     """Return the rows of a query from MySQL as a list of dicts. Raises pymysql.Error."""
     with mysql_cursor() as cursor:
-        start = time.perf_counter()
-        cursor.execute(sql, args)
-        log.debug("MySQL, %.2f ms: %s", 1000 * (time.perf_counter() - start), sql)
+        execute(cursor, sql, args)
         # Without rows, it may be a SET that makes the session writable. The error makes
         # mysql_cursor close the connection.
         if not cursor.description:
@@ -486,14 +493,20 @@ def query(sql, args=None):
 
 
 def write(sql, args=None):
-    """Run a statement that changes data. Return the id of the row that it inserted.
+    """Run a statement that changes data. Raises pymysql.Error.
 
-    Raises pymysql.Error.
+    Returns the id of a new row (AUTO_INCREMENT), which README.md needs, or None.
     """
     with mysql_cursor() as cursor:
         cursor.execute("SET TRANSACTION READ WRITE")  # for the next statement only
-        cursor.execute(sql, args)
-        return cursor.lastrowid
+        execute(cursor, sql, args)
+        return cursor.lastrowid or None
+
+
+def execute(cursor, sql, args):
+    start = time.perf_counter()
+    cursor.execute(sql, args)
+    log.debug("MySQL, %.2f ms: %s", 1000 * (time.perf_counter() - start), sql)
 
 
 # ---- The demonstration

@@ -22,3 +22,13 @@ INSERT IGNORE INTO planet (id, name) VALUES
   (6, 'Saturn'),
   (7, 'Uranus'),
   (8, 'Neptune');
+
+-- A table for exercises, without rows.
+CREATE TABLE IF NOT EXISTS customer (
+  id INT UNSIGNED AUTO_INCREMENT,
+  name VARCHAR(50),
+  email VARCHAR(50),
+  discount DECIMAL(4, 2),
+  since DATETIME,
+  PRIMARY KEY (id)
+) CHARACTER SET utf8mb4;

@@ -24,7 +24,6 @@ import time
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib import metadata
 from statistics import median
 from types import SimpleNamespace
 
@@ -396,11 +395,7 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
     sizes = {name: SIZES[name][args.quick] for name in SIZES}
     bench, charts = SimpleNamespace(**sizes), []
-    packages = [
-        f"{name} {metadata.version(name)}" for name in ("redis", "hiredis", "PyMySQL")
-    ]
-    python = f"Python {platform.python_version()}"
-    print(f"{os.cpu_count()} cores", python, *packages, sep=", ")
+    print(f"{os.cpu_count()} cores, Python {platform.python_version()}")
     with own_database(bench):
         for part in parts:
             print(f"\n## {inspect.getdoc(part).format(**sizes)}\n", flush=True)

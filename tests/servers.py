@@ -72,16 +72,6 @@ def free_port():
             return port
 
 
-@contextlib.contextmanager
-def delayed_signals():
-    """Delay Ctrl-C and the like until the end of the block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class Server:
     """One server process. `kill` and `start` keep its port, password and data."""
 
@@ -242,17 +232,17 @@ class Servers:
         return self
 
     def __exit__(self, *_):
-        with delayed_signals():
-            for process in list(self.processes):
-                self.kill(process)
-            shutil.rmtree(self.folder)
+        # Another Ctrl-C must not stop this.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for process in list(self.processes):
+            self.kill(process)
+        shutil.rmtree(self.folder)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def launch(self, command, **options):
         """Start a process that ends with the servers."""
-        # A signal between the two lines would leave the process running.
-        with delayed_signals():
-            process = subprocess.Popen(command, **options)
-            self.processes.add(process)
+        process = subprocess.Popen(command, **options)
+        self.processes.add(process)
         return process
 
     def kill(self, process):

@@ -1,6 +1,5 @@
 """The benchmark measures all parts, and leaves nothing behind."""
 
-import math
 import re
 import signal
 import subprocess
@@ -48,18 +47,3 @@ def test_interrupted_it_removes_what_is_its_own(keys, cache, db):
             process.send_signal(signal.SIGINT)
             time.sleep(0.1)
     assert (process.returncode, own_databases(db), cache.keys()) == (130, 0, [])
-
-
-@pytest.mark.parametrize("ttl", [10, 60])
-def test_the_simulation_agrees_with_the_formula(ttl):
-    hits, stale = benchmark.simulate(ttl, keys=300, per_second=100, seconds=5000)
-    expected_hits = expected_stale = 0
-    for weight in benchmark.zipf(300):
-        share = weight / sum(benchmark.zipf(300))
-        # In one TTL this key has one miss and so many hits, and so many updates.
-        reads, updates = 100 * ttl * share, ttl * share / 10
-        hit = 100 * share * reads / (reads + 1)
-        expected_hits += hit
-        expected_stale += hit * (1 - (1 - math.exp(-updates)) / updates)
-    assert hits == pytest.approx(expected_hits, abs=0.5)
-    assert stale == pytest.approx(expected_stale, rel=0.2)

@@ -54,16 +54,6 @@ def test_a_crowd_at_a_cold_query_is_one_select(
     assert cache.keys() == [key.encode()]  # the lock is gone
 
 
-def test_crowds_at_different_keys_do_not_wait_for_each_other(workers, cache, db):
-    db.execute("LOCK TABLES planet WRITE")
-    start_crowd(workers[:1], "planet", 1)
-    start_crowd(workers[1:], "fetch", "SELECT 1 AS one")
-    results = outcomes(workers[1:])
-    db.execute("UNLOCK TABLES")
-    assert [result["answer"] for result in results] == [[{"one": 1}]] * 75
-    assert [result["answer"] for result in outcomes(workers[:1])] == [MERCURY] * 25
-
-
 def test_if_the_caller_that_loads_fails_the_next_one_tries(workers, cache, db):
     # MySQL sleeps for the one row, and only then finds the number too large.
     sql = "SELECT SLEEP(0.3), EXP(1000 * id) FROM planet WHERE name = 'Mercury'"

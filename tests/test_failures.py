@@ -193,13 +193,6 @@ def test_ten_seconds_of_calls_lose_less_than_one_to_a_redis_that_hangs(fault, at
     assert back < 6
 
 
-def test_a_crowd_at_a_redis_that_hangs_waits_for_one_timeout(caplog, cached, own_redis):
-    own_redis.pause()
-    calls = [begin(is_right, cached) for _ in range(25)]
-    assert max(call.result(30) for call in calls) < 3  # 6 if one after the other
-    assert len(warnings(caplog, cached, own_redis.password)) == 1
-
-
 @pytest.mark.parametrize("fault", ["pause", "kill"])
 @pytest.mark.parametrize("moment", ["query", "store_if_locked"])
 def test_a_loaded_result_is_not_loaded_again(fault, moment, cached, own_redis, db):

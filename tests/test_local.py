@@ -1,7 +1,6 @@
 """tests/local runs a command beside its own servers, and leaves nothing behind."""
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -67,14 +66,6 @@ def test_a_mistake_is_one_line_and_has_its_own_exit_status():
     assert nothing.stderr == "tests/local: usage: tests/local COMMAND [ARGUMENT ...]\n"
 
 
-def test_the_log_of_a_server_that_does_not_start_is_shown(monkeypatch):
-    # This server writes the name of its configuration file and ends.
-    monkeypatch.setenv("LOCAL_REDIS", shutil.which("echo"))
-    result = run("true")
-    assert result.returncode == 1
-    assert re.search("did not start; its log ends:\n/.*/config\n$", result.stderr)
-
-
 def test_the_command_finds_servers_seed_packages_and_project(copy, monkeypatch):
     (copy / "tests" / ".venv").symlink_to(VENV.parent)
     monkeypatch.setenv("DB_SSL_CA", "/of/another/server")
@@ -86,40 +77,13 @@ def test_the_command_finds_servers_seed_packages_and_project(copy, monkeypatch):
     assert result.stdout == f"{VENV} {copy}/example.py {{'id': 3, 'name': 'Earth'}}\n"
 
 
-def test_packages_are_installed_again_only_if_the_requirements_change(
-    copy, monkeypatch
-):
-    venv = copy.resolve() / "tests" / ".venv" / PYTHON
-    venv.mkdir(parents=True)
-    stamp = (VENV / "stamp").read_text().replace(str(VENV), str(venv))
-    (venv / "stamp").write_text(stamp)
-    result = run("no such command", project=copy)
-    assert result.stderr == "tests/local: command not found: no such command\n"
-
-    # If the installation fails, the environment does not count as complete.
-    (copy / "requirements.txt").write_text("no-such-package-anywhere\n")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    result = run("true", project=copy)
-    assert result.returncode == 1
-    assert "installing the Python packages failed; its output ends:" in result.stderr
-    assert "No matching distribution found for no-such-package" in result.stderr
-    assert not (venv / "stamp").exists()
-
-
-def test_nobody_gets_in_from_outside_or_without_a_password_or_sees_one():
-    commands = []
-    sys.addaudithook(
-        lambda event, args: event == "subprocess.Popen" and commands.append(args[1])
-    )
+def test_nobody_gets_in_from_outside_or_without_a_password():
     with Servers() as servers:
         redis_server, mysql_server = servers.redis(), servers.mysql()
-        mysql_server.client("SELECT 1")
-        assert len(commands) >= 6
         for server in redis_server, mysql_server:
             assert is_open(server.port)
             assert not is_open(server.port, "127.0.0.2")
             assert len(server.password) == 32
-            assert server.password not in str(commands)
         assert redis_server.ask(b"KEYS *\r\n").startswith(b"-NOAUTH")
         with pytest.raises(pymysql.OperationalError, match="denied"):
             pymysql.connect(host="127.0.0.1", port=mysql_server.port, user="root")
@@ -154,30 +118,3 @@ def test_a_signal_ends_the_command_its_children_and_the_servers(name, trap):
     assert output == ("told\n" if trap == SAY else "")
     assert process.returncode == 128 + number
     assert [is_open(port) for port in ports] == [False, False]
-
-
-IN_A_TERMINAL = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"
-SURVIVE_CTRL_C = """
-import os, redis, sys, time
-try:
-    print("ready", flush=True)
-    time.sleep(60)
-except KeyboardInterrupt:
-    time.sleep(1)  # long enough for tests/local to end this, if it did
-    print("Redis:", redis.Redis.from_url(os.environ["REDIS_URL"]).ping())
-    sys.exit(5)
-"""
-
-
-def test_in_a_terminal_ctrl_c_belongs_to_the_command():
-    with subprocess.Popen(
-        [sys.executable, "-c", IN_A_TERMINAL, *LOCAL, "python", "-c", SURVIVE_CTRL_C],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        bufsize=0,
-    ) as process:
-        while b"ready" not in process.stdout.readline():
-            assert process.poll() is None
-        process.stdin.write(b"\x03")
-        assert b"Redis: True" in process.stdout.read()
-        assert process.wait(20) == 5

@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 # What may differ from what the page shows. "..." on the page stands for anything.
 VARIES = [
     (r"\d+\.\d\d ms", "0.00 ms"),
-    (r"^\(integer\) ([1-9]|10)$", "(integer) 10"),  # the seconds that a key has left
+    (r"^\(integer\) ([1-5]?\d|60)$", "(integer) 60"),  # the seconds that a key has left
     (r"^tests/local: .*\n", ""),  # what a first run installs
 ]
 
@@ -59,35 +59,20 @@ def sessions():
     return found
 
 
-SESSION = """
-import doctest, re, sys
-
-class Checker(doctest.OutputChecker):
-    def check_output(self, want, got, flags):
-        want, got = [re.sub(r"\\d+\\.\\d\\d ms", "0.00 ms", text) for text in (want, got)]
-        return super().check_output(want, got, flags)
-
-test = doctest.DocTestParser().get_doctest(sys.stdin.read(), {}, "README.md", None, 0)
-runner = doctest.DocTestRunner(Checker(), optionflags=doctest.ELLIPSIS)
-runner.run(test)
-print(runner.tries, "lines were typed")
-sys.exit(runner.failures > 0)
-"""
-
-
-@pytest.mark.parametrize("session", sessions(), ids=["plain", "real", "own"])
-def test_a_python_session_prints_what_it_shows(session, db, cache):
+@pytest.mark.parametrize("session", sessions(), ids=["plain", "real"])
+def test_a_python_session_prints_what_it_shows(session, db, cache, tmp_path):
+    file = tmp_path / "session.txt"
+    file.write_text(re.sub(r"\d+\.\d\d ms", "... ms", session))
     result = subprocess.run(
-        [sys.executable, "-c", SESSION],
+        [sys.executable, "-m", "doctest", "-v", "-o", "ELLIPSIS", file],
         env={**os.environ, "PYTHONPATH": str(PROJECT)},
-        input=session,
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
     assert (result.returncode, result.stderr) == (0, ""), result.stdout
-    assert f"{session.count('>>> ')} lines were typed" in result.stdout
+    assert f"{session.count('>>> ')} passed" in result.stdout
 
 
 # ---- commands and what they print
@@ -128,7 +113,7 @@ def commands():
 
 def test_commands_print_what_they_show(terminal):
     run = [(command, shown) for command, shown in commands() if command != SUITE]
-    assert len(run) == 4
+    assert len(run) == 3
     for (command, shown), printed in zip(
         run, terminal(*[command for command, _ in run])
     ):
@@ -140,16 +125,6 @@ def test_pasted_commands_print_what_the_page_says_they_print(terminal):
     ((pasted, shown),) = re.findall(pattern, README, re.MULTILINE | re.DOTALL)
     (printed,) = terminal(pasted)
     assert agree(shown, printed), printed
-
-
-def test_the_suite_prints_its_header_and_its_last_line_as_shown(request):
-    config = request.config
-    headers = config.hook.pytest_report_header(config=config, start_path=PROJECT)
-    (header,) = (line for line in headers if str(line).startswith("redis-py"))
-    shown = dict(commands())[SUITE]
-    numbers = re.compile(r"(Redis|Valkey|MariaDB|MySQL)? ?[\d.]+")
-    assert numbers.sub("N", header) in numbers.sub("N", shown)
-    assert shown.endswith("\n===== ... passed in ... =====\n")
 
 
 # ---- quoted code, links, form
@@ -207,7 +182,7 @@ KEPT_BY = {
     "more than `MAX_QUERIES`": "a_process_runs_at_most_max_queries_at_a_time",
     "MySQL refuses": "a_save_that_mysql_refuses_changes_nothing",
     "Redis is out of reach": "a_save_reaches_mysql_when_redis_is_away",
-    "a certificate": "a_redis_that_another_authority_certified_is_refused",
+    "a certificate": "a_redis_that_is_not_verified_gets_nothing",
 }
 
 

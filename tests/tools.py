@@ -217,15 +217,14 @@ class Relay(socketserver.ThreadingTCPServer):
             drain.shutdown(socket.SHUT_RDWR)
 
 
-def start_cluster(own, port=None):
-    """A cluster of three Redis servers, the first on this port. It takes two seconds."""
+def start_cluster(own):
+    """A cluster of three Redis servers. It takes two seconds."""
     args = ["--cluster-enabled", "yes", "--cluster-config-file", "nodes"]
     # The default of the second port, 10000 above the first, is often not free.
     args += ["--cluster-node-timeout", "1000", "--cluster-port"]
     nodes = []
     for slots in (0, 5460), (5461, 10922), (10923, 16383):
-        first = None if nodes else port
-        nodes.append(own.redis(*args, free_port(), password="a-secret", port=first))
+        nodes.append(own.redis(*args, free_port(), password="a-secret"))
         run = plain(nodes[-1]).execute_command
         run("CLUSTER SET-CONFIG-EPOCH", len(nodes))
         run("CLUSTER ADDSLOTSRANGE", *slots)
