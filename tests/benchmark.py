@@ -378,8 +378,6 @@ def eviction(bench):
     show({"maxmemory-policy": "", "hits": ".1%", "hits with news": ".1%"}, rows)
 
 
-# ---- All parts
-
 # GitHub's own are too pale in the light scheme.
 COLOURS = '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#3b82f6, #f59e0b"}}}}%%'
 PARTS = {part.__name__: part for part in (empty, limit, wire, crowd, ttl, eviction)}
