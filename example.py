@@ -12,9 +12,9 @@ This is what the code adds to the seven-line version:
 - A value that cannot be read is replaced, and a warning is logged. See look_up.
 - A hit returns what the miss returned, in values and types. A value in Redis cannot run
   code. See Serialization.
-- A hit is fast: it takes hardly longer than the bare Redis call, and 10,000 rows come
-  several times faster than from MySQL. See from_json and encode_column.
-- Every key expires, also after a crash. See store_if_locked.
+- A hit takes hardly longer than the bare Redis call, and 10,000 rows come several times
+  faster than from MySQL. See from_json and encode_column.
+- Every key expires, even if a process dies between two commands. See store_if_locked.
 - A process runs at most MAX_QUERIES queries at a time. Threads and forks do not share a
   connection. One that MySQL has closed is replaced. fetch runs in a read-only session.
   See mysql_cursor.
@@ -26,11 +26,11 @@ Limits:
 - While Redis is down, every call queries MySQL. While it is full, every miss does. A call
   that gets none of the MAX_QUERIES slots within MYSQL_TIMEOUT raises an error.
 - If one reply takes longer than REDIS_TIMEOUT, this process does not use Redis for
-  REDIS_PAUSE, for any key. A result of many MB can cause that.
-- If a process dies while it loads, or Redis hangs while a caller takes a lock, the other
-  callers of that key wait for LOCK_TTL.
+  REDIS_PAUSE, for any key. A result of many MB can cause that, or cannot be stored.
+- If a process dies while it loads, the other callers of that key wait for LOCK_TTL. So
+  they do if Redis creates a lock, but its reply is late.
 - If a query fails, each waiting caller tries it again. If MySQL hangs, a call can take
-  half a minute.
+  40 seconds.
 - Keys do not name the database: give each database a Redis of its own.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS) of a single node, any node of a
@@ -57,13 +57,11 @@ import pymysql
 import redis
 
 # All times are in seconds.
-TTL = 10  # how long Redis keeps a result; a fraction of a second is cut off
+TTL = 10  # how long Redis keeps a result, in whole seconds
 REDIS_TIMEOUT = 0.2  # the longest wait for one reply from Redis
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for one reply from MySQL, in whole seconds
-MAX_QUERIES = (
-    10  # at a time in one process; all processes need max_connections of MySQL
-)
+MAX_QUERIES = 10  # at a time; times the number of processes: below max_connections
 LOCK_TTL = 2 * MYSQL_TIMEOUT  # how long a lock lives; a slower load is not stored
 MAX_WAIT = 3 * MYSQL_TIMEOUT  # how long callers wait for another one to load
 POLL_EVERY = 0.05  # the pause before they look for its result again
@@ -72,7 +70,7 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 NO_ROW = {"absent": ""}  # the hash for "no such row"; the fields of a row are JSON
 
-# Errors of redis-py. Those of a cluster that cannot be reached are no RedisErrors.
+# Errors of redis-py. If a cluster cannot be reached, the error is not a RedisError.
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
 NO_REPLY = (redis.ConnectionError, redis.TimeoutError, redis.RedisClusterException)
 
@@ -80,7 +78,8 @@ log = logging.getLogger(__name__)
 
 # ---- Settings
 
-# The script prints one line and exits. If the module is imported, a ValueError is raised.
+# If a setting is missing or unusable, the script prints one line and exits. An import
+# raises a ValueError.
 SettingError = SystemExit if __name__ == "__main__" else ValueError
 
 required = ["REDIS_URL", "DB_HOST", "DB_USER", "DB_PASS", "DB_NAME"]
@@ -180,8 +179,9 @@ def save_planet(id, name):
 
 
 # ---- The strategy they share
-# Only the caller that has the lock of a key stores a result. A save deletes the lock.
-# An error of Redis before the load leads to load(). A later one does not lose the result.
+# Only the caller that has the lock of a key stores a result, and a save deletes the lock.
+# An error of Redis costs no result: the functions below handle those that come after the
+# load, and cache_aside handles those that come before it.
 
 
 def cache_aside(key, read, load, store):
@@ -197,7 +197,7 @@ def cache_aside(key, read, load, store):
             if (result := look_up(client, key, read)) is not MISS:
                 return result
             return load_once(client, key, read, load, store)
-        except REDIS_ERRORS as error:  # an error before the load
+        except REDIS_ERRORS as error:  # it came before the load
             handle_redis_error(error)
     return load()
 
@@ -245,14 +245,14 @@ def store_if_locked(client, lock, store, result):
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them all out together, or none
-    except redis.WatchError as error:  # the lock has just been lost, or the connection
-        log.debug("not stored: %s", error)
-    except REDIS_ERRORS as error:
+    except (
+        REDIS_ERRORS
+    ) as error:  # a WatchError, if the lock or the connection was lost
         handle_redis_error(error)
 
 
 def invalidate(key):
-    """Remove a key from Redis. Call it after each change of its row in MySQL."""
+    """Remove a key from Redis. Call it after the COMMIT that changes its row."""
     try:
         redis_client().delete(key, lock_name(key))
     except REDIS_ERRORS as error:
@@ -263,8 +263,8 @@ def invalidate(key):
 def lock_name(key):
     """Return the key of the lock: lock:{planet:1}
 
-    A transaction needs both keys on one node of a cluster. The node of a key depends on
-    the text between { and the first }, if it has these, or else on the whole key.
+    In a cluster, a transaction needs both keys on one node. The braces make Redis choose
+    the node of planet:1. They end at the first }, so a key must not have one.
     """
     return f"lock:{{{key}}}"
 
@@ -321,9 +321,9 @@ def encode_column(values):
 
 def decode(pairs):
     """{"Decimal": "1.50"} -> Decimal("1.50"), and the same for a column."""
-    [(name, text)] = pairs
+    [(name, stored)] = pairs
     convert = CODECS[name][1]
-    return list(map(convert, text)) if isinstance(text, list) else convert(text)
+    return list(map(convert, stored)) if isinstance(stored, list) else convert(stored)
 
 
 to_json = json.JSONEncoder(default=encode, separators=(",", ":")).encode
@@ -331,8 +331,11 @@ decoder = json.JSONDecoder(object_pairs_hook=decode)
 
 
 def from_json(text):
-    # decoder.decode() looks for spaces around the value: a hit would take 3 % longer.
-    return decoder.raw_decode(text)[0]
+    # decoder.decode() also looks for spaces: a hit would take 3 % longer.
+    value, end = decoder.raw_decode(text)
+    if end < len(text):
+        raise ValueError("there is more than one value")
+    return value
 
 
 def serialize(rows):
@@ -369,7 +372,10 @@ warned_at = {}  # warning -> the time.monotonic() at which it was logged
 
 @functools.cache
 def redis_client():
-    """Return a client for the node in REDIS_URL, or for the cluster it belongs to."""
+    """Return a client for the node in REDIS_URL, or for the cluster it belongs to.
+
+    redis-py itself gives each thread and each fork its own connections.
+    """
     client = redis.Redis.from_url(**REDIS_OPTIONS)
     if client.info("cluster").get("cluster_enabled"):
         client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
@@ -398,7 +404,7 @@ def handle_redis_error(error):
     If Redis only refuses a command, because it is full for example, it still serves hits.
     """
     # redis-py may quote the command, with its data, before "caused error: ".
-    warn("Redis failed, MySQL is used", str(error).split("caused error: ")[-1])
+    warn("an error of Redis, MySQL is used", str(error).split("caused error: ")[-1])
     if isinstance(error, NO_REPLY):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
@@ -495,7 +501,7 @@ def query(sql, args=None):
 def write(sql, args=None):
     """Run a statement that changes data. Raises pymysql.Error.
 
-    Returns the id of a new row (AUTO_INCREMENT), which README.md needs, or None.
+    Returns the id of the row that was inserted (AUTO_INCREMENT), or None.
     """
     with mysql_cursor() as cursor:
         cursor.execute("SET TRANSACTION READ WRITE")  # for the next statement only
