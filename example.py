@@ -27,10 +27,10 @@ Limits:
   that gets none of the MAX_QUERIES slots within MYSQL_TIMEOUT raises an error.
 - If one reply takes longer than REDIS_TIMEOUT, this process does not use Redis for
   REDIS_PAUSE, for any key. A result of many MB can cause that, or cannot be stored.
-- If a process dies while it loads, the other callers of that key wait for LOCK_TTL. So
-  they do if Redis creates a lock, but its reply is late.
-- If a query fails, each waiting caller tries it again. If MySQL hangs, a call can take
-  40 seconds.
+- If a process dies while it loads, the other callers of that key wait for LOCK_TTL. The
+  same happens if Redis creates a lock, but its reply comes too late.
+- If a query fails, the waiting callers try it again, one after the other. If MySQL hangs,
+  a call can take 40 seconds.
 - Keys do not name the database: give each database a Redis of its own.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS) of a single node, any node of a
@@ -61,14 +61,14 @@ TTL = 10  # how long Redis keeps a result, in whole seconds
 REDIS_TIMEOUT = 0.2  # the longest wait for one reply from Redis
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for one reply from MySQL, in whole seconds
-MAX_QUERIES = 10  # at a time; times the number of processes: below max_connections
+MAX_QUERIES = 10  # at a time, in each process; they share max_connections of MySQL
 LOCK_TTL = 2 * MYSQL_TIMEOUT  # how long a lock lives; a slower load is not stored
 MAX_WAIT = 3 * MYSQL_TIMEOUT  # how long callers wait for another one to load
 POLL_EVERY = 0.05  # the pause before they look for its result again
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
 MISS = object()  # what a look-up returns if the key is not in Redis
-NO_ROW = {"absent": ""}  # the hash for "no such row"; the fields of a row are JSON
+NO_ROW = {"absent": ""}  # the hash for "no such row"; no field of a row is empty text
 
 # Errors of redis-py. If a cluster cannot be reached, the error is not a RedisError.
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
@@ -180,8 +180,7 @@ def save_planet(id, name):
 
 # ---- The strategy they share
 # Only the caller that has the lock of a key stores a result, and a save deletes the lock.
-# An error of Redis costs no result: the functions below handle those that come after the
-# load, and cache_aside handles those that come before it.
+# After the load, no error of Redis may reach cache_aside, or it would load again.
 
 
 def cache_aside(key, read, load, store):
@@ -197,7 +196,7 @@ def cache_aside(key, read, load, store):
             if (result := look_up(client, key, read)) is not MISS:
                 return result
             return load_once(client, key, read, load, store)
-        except REDIS_ERRORS as error:  # it came before the load
+        except REDIS_ERRORS as error:  # always from before the load
             handle_redis_error(error)
     return load()
 
@@ -245,9 +244,7 @@ def store_if_locked(client, lock, store, result):
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them all out together, or none
-    except (
-        REDIS_ERRORS
-    ) as error:  # a WatchError, if the lock or the connection was lost
+    except REDIS_ERRORS as error:  # a WatchError, if the lock was lost just now
         handle_redis_error(error)
 
 
@@ -408,7 +405,7 @@ def handle_redis_error(error):
     if isinstance(error, NO_REPLY):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
-        redis_client.cache_clear()  # the host name may lead to another node by now
+        redis_client.cache_clear()  # after a failover, REDIS_URL leads to another node
 
 
 def warn(problem, reason):
@@ -491,8 +488,8 @@ def query(sql, args=None):
     """Return the rows of a query from MySQL as a list of dicts. Raises pymysql.Error."""
     with mysql_cursor() as cursor:
         execute(cursor, sql, args)
-        # Without rows, it may be a SET that makes the session writable. The error makes
-        # mysql_cursor close the connection.
+        # A statement that returns no table, such as SET, may have made the session
+        # writable. This error makes mysql_cursor close the connection.
         if not cursor.description:
             raise pymysql.ProgrammingError(f"not a query: {sql}")
         return list(cursor.fetchall())
