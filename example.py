@@ -118,16 +118,17 @@ def fetch_key(sql, args=None):
     The args must be written as for fetch: (1,) and [1] make different keys.
     """
     key = sql if args is None else f"{sql} {args!r}"
-    return key.replace("}", r"\x7d")  # because of lock_name
+    # lock_name needs a key without }. Different texts must still have different keys.
+    return key.replace("\\", r"\\").replace("}", r"\x7d")
 
 
 def record(key, sql, args=None):
     """Return one row as a dict, or None if there is no such row.
 
-    key: the key in Redis. sql: a SELECT of one row. args: as for fetch.
-    Raises pymysql.Error if the row is not cached and the query fails.
+    key: the key in Redis, another one for each sql and args. sql: a SELECT of one row.
+    args: as for fetch. Raises pymysql.Error if the row is not cached and the query fails.
     """
-    if "}" in key:  # because of lock_name
+    if "}" in key:  # see lock_name
         raise ValueError(f"a key must not contain a }}: {key}")
 
     def read(client):

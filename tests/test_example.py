@@ -155,6 +155,7 @@ def test_arguments_are_escaped_and_part_of_the_key(example, cache):
     assert example.fetch(sql, (2, "x")) == [{"name": "Venus"}]
     assert [key.startswith(sql.encode()) for key in cache.scan_iter()] == 2 * [True]
     assert example.fetch("SELECT %(name)s AS x", {"name": "y"}) == [{"x": "y"}]
+    assert example.fetch_key("}") != example.fetch_key(r"\x7d")
 
 
 def test_arguments_of_other_types_are_other_arguments(example, cache):
