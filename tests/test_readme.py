@@ -58,12 +58,14 @@ def sessions():
     return found
 
 
-@pytest.mark.parametrize("session", sessions(), ids=["plain", "real"])
+@pytest.mark.parametrize("session", sessions(), ids=["plain", "real", "own"])
 def test_a_python_session_prints_what_it_shows(session, db, cache, tmp_path):
     file = tmp_path / "session.txt"
     file.write_text(re.sub(r"\d+\.\d\d ms", "... ms", session))
+    (tmp_path / "customers.py").write_text(blocks("py")[1])
     result = subprocess.run(
         [sys.executable, "-m", "doctest", "-v", "-o", "ELLIPSIS", file],
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(PROJECT)},
         capture_output=True,
         text=True,
@@ -127,7 +129,7 @@ def test_quoted_code_stands_word_for_word_in_the_program():
     assert len(quoted) >= 6
     for text in quoted:
         assert f"\n\n{text}\n\n" in PROGRAM, text  # from the first line to the last
-    (plain,) = blocks("py")  # it is also typed
+    plain = blocks("py")[0]  # it is also typed
     assert ">>> " + "\n... ".join(plain.splitlines()) in README
 
 
