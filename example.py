@@ -91,11 +91,12 @@ if missing := [name for name in required if not os.environ.get(name)]:
 # store gets a redis-py pipeline, which collects commands and sends them together.
 
 
-def fetch(sql, args=None):
+def fetch(sql, args=None, ttl=None):
     """Return the rows of a query as a list of dicts, from Redis or MySQL.
 
-    sql: a statement that returns rows. args: the values for each %s in it.
-    Raises pymysql.Error if the rows are not cached and the query fails.
+    sql: a statement that returns rows. args: the values for each %s in it. ttl: how many
+    seconds Redis keeps the rows, instead of TTL. Raises pymysql.Error if they are not
+    cached and the query fails.
     """
     key = fetch_key(sql, args)
 
@@ -107,7 +108,7 @@ def fetch(sql, args=None):
         return query(sql, args)
 
     def store(pipe, rows):
-        pipe.setex(key, int(TTL), serialize(rows))
+        pipe.setex(key, int(ttl or TTL), serialize(rows))
 
     return cache_aside(key, read, load, store)
 
@@ -122,11 +123,12 @@ def fetch_key(sql, args=None):
     return key.replace("\\", r"\\").replace("}", r"\x7d")
 
 
-def record(key, sql, args=None):
+def record(key, sql, args=None, ttl=None):
     """Return one row as a dict, or None if there is no such row.
 
     key: the key in Redis, another one for each sql and args. sql: a SELECT of one row.
-    args: as for fetch. Raises pymysql.Error if the row is not cached and the query fails.
+    args, ttl: as for fetch. Raises pymysql.Error if the row is not cached and the query
+    fails.
     """
     if "}" in key:  # see lock_name
         raise ValueError(f"a key must not contain a }}: {key}")
@@ -148,7 +150,7 @@ def record(key, sql, args=None):
         if row is not None:
             fields = {name: to_json(value) for name, value in row.items()}
         pipe.hset(key, mapping=fields)
-        pipe.expire(key, int(TTL))
+        pipe.expire(key, int(ttl or TTL))
 
     return cache_aside(key, read, load, store)
 

@@ -112,6 +112,8 @@ def test_the_ttl_is_read_at_each_call_and_no_key_is_without(ttl, example, cache)
     example.TTL = ttl
     example.fetch(PLANETS), example.planet(1), example.planet(99)
     assert [10 < cache.ttl(key) <= 60 for key in cache.scan_iter()] == 3 * [True]
+    example.fetch("SELECT 1", ttl=100.5), example.record("one", "SELECT 1", ttl=100)
+    assert 60 < cache.ttl("SELECT 1") <= cache.ttl("one") + 1 <= 101
 
 
 def test_a_hit_comes_from_redis_until_the_ttl_is_over(example, cache, db):
