@@ -256,7 +256,7 @@ def invalidate(key):
     try:
         redis_client().delete(key, lock_name(key))
     except REDIS_ERRORS as error:
-        warn(f"a key in Redis may stay old for {TTL} seconds", error)
+        warn("a key in Redis may stay old until it expires", error)
         pause_redis()  # so that save_planet does not return the old record
 
 
