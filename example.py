@@ -20,9 +20,9 @@ This is what the code adds to the seven-line version:
   See mysql_cursor.
 
 Limits:
-- Redis keeps a result for TTL seconds, even if its rows change in MySQL. Only save_planet
-  and invalidate remove it sooner, and only if they can reach Redis. save_planet does not
-  remove what fetch has cached.
+- Redis keeps a result until its TTL is over, even if its rows change in MySQL. Only
+  save_planet and invalidate remove it sooner, and only if they can reach Redis.
+  save_planet does not remove what fetch has cached.
 - While Redis is down, every call queries MySQL. While it is full, every miss does. A call
   that gets none of the MAX_QUERIES slots within MYSQL_TIMEOUT raises an error.
 - If one reply takes longer than REDIS_TIMEOUT, this process does not use Redis for
@@ -119,14 +119,14 @@ def fetch_key(sql, args=None):
     The args must be written as for fetch: (1,) and [1] make different keys.
     """
     key = sql if args is None else f"{sql} {args!r}"
-    # lock_name needs a key without }. Different texts must still have different keys.
+    # lock_name needs a key without }. The backslash keeps different texts different.
     return key.replace("\\", r"\\").replace("}", r"\x7d")
 
 
 def record(key, sql, args=None, ttl=None):
     """Return one row as a dict, or None if there is no such row.
 
-    key: the key in Redis, another one for each sql and args. sql: a SELECT of one row.
+    key: the key in Redis, different for each sql and args. sql: a SELECT of one row.
     args, ttl: as for fetch. Raises pymysql.Error if the row is not cached and the query
     fails.
     """
@@ -247,8 +247,10 @@ def store_if_locked(client, lock, store, result):
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them all out together, or none
-    except REDIS_ERRORS as error:  # a WatchError, if the lock was lost just now
-        handle_redis_error(error)
+    except REDIS_ERRORS as error:
+        # If a save has just deleted the lock, Redis works.
+        if "Watched variable changed" not in str(error):
+            handle_redis_error(error)
 
 
 def invalidate(key):
