@@ -70,9 +70,10 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 NO_ROW = {"absent": ""}  # the hash for "no such row"; no field of a row is empty text
 
-# Errors of redis-py. If a cluster cannot be reached, the error is not a RedisError.
+# The errors of redis-py. A RedisClusterException is not a RedisError.
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-NO_REPLY = (redis.ConnectionError, redis.TimeoutError, redis.RedisClusterException)
+NO_REPLY = (redis.ConnectionError, redis.TimeoutError)
+CLUSTER_DOWN = (redis.RedisClusterException, redis.exceptions.ClusterDownError)
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ def cache_aside(key, read, load, store):
             if (result := look_up(client, key, read)) is not MISS:
                 return result
             return load_once(client, key, read, load, store)
-        except REDIS_ERRORS as error:  # always from before the load
+        except REDIS_ERRORS as error:  # load() was not called yet
             handle_redis_error(error)
     return load()
 
@@ -407,7 +408,7 @@ def handle_redis_error(error):
     """
     # redis-py may quote the command, with its data, before "caused error: ".
     warn("an error of Redis, MySQL is used", str(error).split("caused error: ")[-1])
-    if isinstance(error, NO_REPLY):
+    if isinstance(error, NO_REPLY + CLUSTER_DOWN):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
         redis_client.cache_clear()  # after a failover, REDIS_URL leads to another node
