@@ -1,7 +1,6 @@
 """Measure what the cache is worth.
 
     tests/local python tests/benchmark.py
-    tests/local python tests/benchmark.py --only crowd,ttl
 
 It uses the servers named in the environment, where it creates a database with a random
 name and a few keys, and removes only those. The part ttl is a simulation, and eviction

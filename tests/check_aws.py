@@ -1,8 +1,6 @@
 #!/usr/bin/env python3
 """Run the AWS steps of README.md against moto, a program that imitates AWS.
 
-usage: tests/check_aws.py [README]
-
 The blocks that begin with "# CloudShell" run in bash, with the real aws command.
 It sends everything to moto's server on a loopback port, and nothing to AWS.
 """
@@ -186,7 +184,7 @@ def prepare():
 
 
 def main():
-    path = Path(sys.argv[1]) if sys.argv[1:] else TESTS.parent / "README.md"
+    path = TESTS.parent / "README.md"
     steps, _, last_step = path.read_text(encoding="utf-8").partition("\n## Step 5")
     pattern = r"(?ms)^```sh\n# CloudShell\n(.*?)^```$"
     create, clean = re.findall(pattern, steps), re.findall(pattern, last_step)

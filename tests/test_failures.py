@@ -271,6 +271,13 @@ def test_a_read_only_redis_costs_no_result_and_serves_hits(caplog, new_servers):
         assert "read only" in warning
         relay.target = new.port
         assert is_used(new, module)  # at once: it was not paused
+        # If a node hangs, connections to it hang even when the name leads elsewhere.
+        module.REDIS_PAUSE, newest = 0.1, new_servers.redis(password="")
+        relay.target = newest.port
+        new.pause()
+        assert module.planet(2) == VENUS
+        time.sleep(0.1)
+        assert is_used(newest, module)
 
 
 GARBAGE = {
