@@ -6,7 +6,7 @@ from concurrent.futures import wait
 import pymysql
 import pytest
 from conftest import PROJECT, load
-from servers import Servers
+from servers import Servers, free_port
 from tools import (
     Relay,
     Worker,
@@ -128,6 +128,17 @@ def test_a_redis_that_loads_its_data_counts_as_down(caplog, new_servers):
     assert is_right(module) < 1
     (warning,) = warnings(caplog, module)
     assert "loading" in warning.lower()
+
+
+def test_a_cluster_that_serves_no_keys_is_not_used_for_a_while(new_servers):
+    args = ["--cluster-enabled", "yes", "--cluster-port"]
+    server = new_servers.redis(*args, free_port())
+    module = load(REDIS_URL=server.url)
+    is_right(module)
+    with plain(server) as client:
+        before = client.info("stats")["total_connections_received"]
+        assert is_right(module) < 1
+        assert client.info("stats")["total_connections_received"] == before
 
 
 def lost_in_ten_seconds(fault, nodes, module):

@@ -23,7 +23,7 @@ VARIES = [
     (r"^tests/local: .*\n", ""),  # what a first run installs
 ]
 
-# Not run, because it is this suite: only the form of what it prints is compared.
+# Not run, because it is this suite.
 SUITE = "tests/local pytest"
 
 
@@ -148,16 +148,6 @@ def test_local_links_lead_somewhere(page):
                 re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings
             ]
             assert anchor in names, link
-
-
-def test_each_name_in_the_table_of_faults_is_in_the_program():
-    _, table = README.split("| fault | cure | where |")
-    names = re.findall(
-        r"`(\w+)`", "".join(re.findall(r"\| ([^|]*) \|\n", table.split("\n\n")[0]))
-    )
-    assert len(names) > 5
-    for name in names:
-        assert re.search(rf"^(def )?{name}\b( =|\()", PROGRAM, re.MULTILINE), name
 
 
 # The tables of failures: how a line begins, and the test that keeps it.
