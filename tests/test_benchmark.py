@@ -28,7 +28,6 @@ def test_all_parts_run_and_only_the_keys_of_others_are_left(cache, db):
         r"costly query( [\d.]+){4} [\d.]+%",
         r"200 rows pickle( [\d.]+){4}",
         r"1 row by its key HGETALL HGETALL SET ",
-        r"4 fetch 1 0 ",
         r"20 fetch, 200 ms 1 0 ",
         r"300( [\d.]+){3}",
         r"noeviction( [\d.]+%){2}",

@@ -12,7 +12,7 @@ from decimal import Decimal
 import pymysql
 import pytest
 from conftest import PROJECT, load
-from tools import selects
+from tools import selects, wait_until
 
 PLANETS = "SELECT * FROM planet"
 MERCURY = {"id": 1, "name": "Mercury"}
@@ -172,11 +172,13 @@ def test_arguments_of_other_types_are_other_arguments(example, cache):
 @pytest.mark.parametrize("begin", ["START", "SET SESSION"])
 @pytest.mark.parametrize("write", ["DELETE FROM planet", "DROP TABLE planet"])
 def test_fetch_cannot_write(write, begin, example, cache, db):
+    connections = db.execute("SHOW PROCESSLIST")
     with pytest.raises(pymysql.ProgrammingError, match="not a query"):
         example.fetch(f"{begin} TRANSACTION READ WRITE")
     example.save_planet(1, "Mercury")  # on the connection that fetch uses next
-    with pytest.raises(pymysql.Error, match="READ ONLY"):
+    with pytest.raises(pymysql.Error, match="READ ONLY") as kept:
         example.fetch(write)
+    wait_until(lambda: kept and db.execute("SHOW PROCESSLIST") <= connections)
     assert not cache.exists(write)
     assert example.fetch(PLANETS)[0] == MERCURY
 

@@ -31,9 +31,10 @@ def folder(monkeypatch):
 
 def run(*command, project=PROJECT, **options):
     """Run tests/local to its end."""
-    command = [sys.executable, project / "tests" / "local", *command]
-    options.update(capture_output=True, text=True)
-    return subprocess.run(command, check=False, **options)
+    options.update(check=False, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, project / "tests/local", *command], **options
+    )
 
 
 def is_open(port, host="127.0.0.1"):
