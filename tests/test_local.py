@@ -31,10 +31,9 @@ def folder(monkeypatch):
 
 def run(*command, project=PROJECT, **options):
     """Run tests/local to its end."""
-    options.update(check=False, capture_output=True, text=True)
-    return subprocess.run(
-        [sys.executable, project / "tests/local", *command], **options
-    )
+    options.update(capture_output=True, text=True)
+    command = [sys.executable, project / "tests" / "local", *command]
+    return subprocess.run(command, check=False, **options)
 
 
 def is_open(port, host="127.0.0.1"):

@@ -31,9 +31,6 @@ def test_every_process_reads_what_was_saved(id, name, cache, db):
     assert other.planet(id) == new  # from MySQL
 
 
-# ---- With slow readers and other saves
-
-
 def begin_slow(reader, id):
     """Begin planet(id). It has loaded its record, and goes on after go_on.set()."""
     query, has_loaded, go_on = reader.query, threading.Event(), threading.Event()
