@@ -74,6 +74,20 @@ def test_a_waiting_caller_takes_the_result_while_another_has_the_lock(example, c
     assert call.result(1) == {"id": 1, "name": "Planted"}
 
 
+def test_a_caller_that_gets_the_lock_looks_again(example, cache):
+    lock_name, planted = example.lock_name, {"id": "1", "name": '"Planted"'}
+    example.lock_name = lambda key: cache.hset(key, mapping=planted) and lock_name(key)
+    assert example.planet(1) == {"id": 1, "name": "Planted"}
+
+
+def test_a_waiting_caller_does_not_wait_for_a_redis_that_has_failed(example, cache):
+    cache.set("lock:{planet:1}", "of another process", ex=5)
+    call = begin(example.planet, 1)
+    time.sleep(0.1)
+    example.pause_redis()
+    assert call.result(1) == MERCURY
+
+
 def test_after_max_wait_a_caller_loads_without_the_lock(example, cache):
     example.MAX_WAIT = 0.5
     cache.set("lock:{planet:1}", "of another process", px=3000)

@@ -298,12 +298,6 @@ def test_the_script_shows_each_technique_as_miss_and_as_hit(cache):
         assert result.stderr == ""
 
 
-def test_the_script_tells_the_truth_without_redis(cache):
-    result = python("example.py", REDIS_URL="redis://:geheim@localhost:1")
-    assert re.findall("MySQL,|hit:", result.stdout) == 8 * ["MySQL,"]
-    assert len(result.stderr.splitlines()) == 1
-
-
 def test_the_seed_can_run_again_and_loses_nothing(example, db, mysql_server, cache):
     db.execute("INSERT INTO planet VALUES (9, 'Pluto')")
     db.execute("UPDATE planet SET name = 'Gaia' WHERE id = 3")

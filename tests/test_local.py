@@ -42,13 +42,6 @@ def is_open(port, host="127.0.0.1"):
         return probe.connect_ex((host, int(port))) == 0
 
 
-@pytest.fixture
-def copy(tmp_path):
-    """A copy of the project, without its environment, in a folder with a space."""
-    ignore = shutil.ignore_patterns(".*", "__pycache__")
-    return Path(shutil.copytree(PROJECT, tmp_path / "my projects", ignore=ignore))
-
-
 @pytest.mark.parametrize(
     ("end", "status"), [("exit 7", 7), ("kill -KILL $$", 128 + signal.SIGKILL)]
 )
@@ -66,7 +59,9 @@ def test_a_mistake_is_one_line_and_has_its_own_exit_status():
     assert nothing.stderr == "tests/local: usage: tests/local COMMAND [ARGUMENT ...]\n"
 
 
-def test_the_command_finds_servers_seed_packages_and_project(copy, monkeypatch):
+def test_the_command_finds_servers_seed_packages_and_project(tmp_path, monkeypatch):
+    ignore = shutil.ignore_patterns(".*", "__pycache__")
+    copy = Path(shutil.copytree(PROJECT, tmp_path / "my projects", ignore=ignore))
     (copy / "tests" / ".venv").symlink_to(VENV.parent)
     monkeypatch.setenv("DB_SSL_CA", "/of/another/server")
     monkeypatch.setenv("DB_HOST", "elsewhere")

@@ -159,13 +159,14 @@ def test_a_save_of_an_id_that_no_planet_can_have_is_refused(id):
 
 
 @pytest.mark.parametrize("fault", ["kill", "pause"])
-def test_a_save_reaches_mysql_when_redis_is_away(fault, new_servers, db):
+def test_a_save_reaches_mysql_when_redis_is_away(fault, new_servers, db, caplog):
     server = new_servers.redis()
     module = load(REDIS_URL=server.url)
     module.planet(2)
     getattr(server, fault)()
     assert begin(module.save_planet, 1, "New").result(1.5) == NEW
     assert module.planet(1) == NEW
+    assert "may stay old" in caplog.text
     with pytest.raises(pymysql.err.DataError):
         module.save_planet(1, "x" * 31)
 
