@@ -79,6 +79,7 @@ def test_a_redis_that_is_down_costs_almost_nothing_and_is_reported_once(
 ):
     own_redis.kill()
     assert is_right(cached) < 1
+    assert cached.redis_is_paused()
     times = [is_right(cached) for _ in range(100)]
     assert sorted(times)[50] < 0.005
     assert max(times) < 0.25  # the machine may be busy with something else
