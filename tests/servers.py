@@ -75,12 +75,12 @@ def free_port():
 class Server:
     """One server process. `kill` and `start` keep its port, password and data."""
 
-    def __init__(self, servers, args, port, password=None):
+    def __init__(self, servers, args, password=None):
         self.servers = servers
         self.folder = folder = Path(tempfile.mkdtemp(dir=servers.folder))
         self.log, self.socket = folder / "log", folder / "socket"
         self.args = [str(arg) for arg in args]
-        self.port = port or free_port()
+        self.port = free_port()
         self.password = secrets.token_hex(16) if password is None else password
         # In a file, because every user of a machine can read its command lines.
         self.config = folder / "config"
@@ -234,10 +234,12 @@ class Servers:
     def __exit__(self, *_):
         # Another Ctrl-C must not stop this.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        for process in list(self.processes):
-            self.kill(process)
-        shutil.rmtree(self.folder)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            for process in list(self.processes):
+                self.kill(process)
+            shutil.rmtree(self.folder)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def launch(self, command, **options):
         """Start a process that ends with the servers."""
@@ -254,11 +256,11 @@ class Servers:
         # From now on, another process can get its number.
         self.processes.discard(process)
 
-    def redis(self, *args, port=None, password=None):
-        return Redis(self, args, port, password)
+    def redis(self, *args, password=None):
+        return Redis(self, args, password)
 
-    def mysql(self, *args, port=None):
-        return MySQL(self, args, port)
+    def mysql(self, *args):
+        return MySQL(self, args)
 
     def environment(self, redis, mysql):
         """The whole environment of a command that uses these servers."""

@@ -8,9 +8,7 @@ import pytest
 import redis
 from conftest import load
 from servers import Servers
-from tools import plant, selects, start_cluster, warnings
-
-MERCURY = {"id": 1, "name": "Mercury"}
+from tools import MERCURY, plant, selects, start_cluster, warnings
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,8 @@ import time
 
 import pytest
 from conftest import servers
-from tools import Sent, Worker, begin, outcomes, selects, start_crowd
+from tools import MERCURY, Sent, Worker, begin, outcomes, selects, start_crowd
 
-MERCURY = {"id": 1, "name": "Mercury"}
 SLOW = "SELECT 'slow' AS speed, SLEEP(0.2) AS slept"
 NONE = "SELECT name FROM planet WHERE id = 99"
 

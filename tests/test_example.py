@@ -12,10 +12,9 @@ from decimal import Decimal
 import pymysql
 import pytest
 from conftest import PROJECT, load
-from tools import selects, wait_until
+from tools import MERCURY, selects, wait_until
 
 PLANETS = "SELECT * FROM planet"
-MERCURY = {"id": 1, "name": "Mercury"}
 
 # MySQL type, {value as SQL: value as PyMySQL returns it}
 TYPES = [

@@ -8,6 +8,7 @@ import pytest
 from conftest import PROJECT, load
 from servers import Servers, free_port
 from tools import (
+    MERCURY,
     Relay,
     Worker,
     begin,
@@ -24,7 +25,6 @@ from tools import (
     warnings,
 )
 
-MERCURY = {"id": 1, "name": "Mercury"}
 VENUS = {"id": 2, "name": "Venus"}
 NAMES = "SELECT name FROM planet WHERE id < 3 ORDER BY id"
 ROWS = [{"name": "Mercury"}, {"name": "Venus"}]
@@ -155,6 +155,9 @@ def lost_in_ten_seconds(fault, nodes, module):
             assert result["id"] == id
             lost += seconds if seconds > 0.1 else 0  # less is MySQL's own time
             time.sleep(0.05)
+    for id in ids:  # on whichever node: one that works reports CLUSTERDOWN
+        module.paused_until = 0
+        assert module.planet(id)["id"] == id and module.redis_is_paused()
     nodes[-1].start() if fault == "kill" else nodes[-1].resume()
     wait_until(lambda: len(nodes) == 1 or all(map(is_well, nodes)))
     # By now the records from before have expired.

@@ -110,14 +110,11 @@ def commands():
 
 
 def test_commands_print_what_they_show(terminal):
-    run = [
-        (command, shown) for command, shown in commands() if "pytest" not in command
-    ]  # this suite
+    # Without pytest, which is this suite.
+    run, shown = zip(*[pair for pair in commands() if "pytest" not in pair[0]])
     assert len(run) == 3
-    for (command, shown), printed in zip(
-        run, terminal(*[command for command, _ in run])
-    ):
-        assert agree(shown, printed), f"{command}\nprints\n{printed}"
+    for command, expected, printed in zip(run, shown, terminal(*run)):
+        assert agree(expected, printed), f"{command}\nprints\n{printed}"
 
 
 # ---- quoted code, links, form

@@ -5,9 +5,8 @@ import threading
 import pymysql
 import pytest
 from conftest import load
-from tools import Relay, begin, plain, selects, wait_until
+from tools import MERCURY, Relay, begin, plain, selects, wait_until
 
-MERCURY = {"id": 1, "name": "Mercury"}
 NEW = {"id": 1, "name": "New"}
 
 

@@ -8,9 +8,8 @@ import pytest
 import trustme
 from conftest import PROJECT, load, servers
 from servers import Redis, Servers, free_port
-from tools import Relay, plain, plant, warnings
+from tools import MERCURY, Relay, plain, plant, warnings
 
-MERCURY = {"id": 1, "name": "Mercury"}
 SQL = "SELECT id, name FROM planet WHERE id = 1"
 CLIENT_HELLO = b"\x16\x03"  # a record of a TLS handshake
 

@@ -20,6 +20,7 @@ import redis
 from servers import free_port
 
 PROJECT = Path(__file__).resolve().parent.parent
+MERCURY = {"id": 1, "name": "Mercury"}  # the first planet of seed.sql
 
 
 def wait_until(condition, seconds=10):
