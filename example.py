@@ -26,7 +26,7 @@ Limits:
 - While Redis is down, every call queries MySQL. While it is full, every miss does. A call
   that gets none of the MAX_QUERIES slots within MYSQL_TIMEOUT raises an error.
 - If one reply takes longer than REDIS_TIMEOUT, this process does not use Redis for
-  REDIS_PAUSE, for any key. A result of many MB can cause that, or cannot be stored.
+  REDIS_PAUSE, for any key. A result of many MB can cause that, and may not be stored.
 - If a process dies while it loads, the other callers of that key wait for LOCK_TTL. The
   same happens if Redis creates a lock, but its reply comes too late.
 - If a query fails, the waiting callers try it again, one after the other. If MySQL hangs,
@@ -61,14 +61,14 @@ TTL = 10  # how long Redis keeps a result, in whole seconds
 REDIS_TIMEOUT = 0.2  # the longest wait for one reply from Redis
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for one reply from MySQL, in whole seconds
-MAX_QUERIES = 10  # at a time, in each process; they share max_connections of MySQL
+MAX_QUERIES = 10  # at a time, per process; max_connections must allow for all of them
 LOCK_TTL = 2 * MYSQL_TIMEOUT  # how long a lock lives; a slower load is not stored
 MAX_WAIT = 3 * MYSQL_TIMEOUT  # how long callers wait for another one to load
 POLL_EVERY = 0.05  # the pause before they look for its result again
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
 MISS = object()  # what a look-up returns if the key is not in Redis
-NO_ROW = {"absent": ""}  # the hash for "no such row"; no field of a row is empty text
+NO_ROW = {"absent": ""}  # the hash for "no such row"; JSON is never empty text
 
 # The errors of redis-py. A RedisClusterException is not a RedisError.
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
@@ -120,7 +120,8 @@ def fetch_key(sql, args=None):
     The args must be written as for fetch: (1,) and [1] make different keys.
     """
     key = sql if args is None else f"{sql} {args!r}"
-    # lock_name needs a key without }. The backslash keeps different texts different.
+    # lock_name needs a key without }. The backslash is escaped, too, or two texts could
+    # have the same key.
     return key.replace("\\", r"\\").replace("}", r"\x7d")
 
 
@@ -249,7 +250,7 @@ def store_if_locked(client, lock, store, result):
                 store(pipe, result)
                 pipe.execute()  # Redis carries them all out together, or none
     except REDIS_ERRORS as error:
-        # If a save has just deleted the lock, Redis works.
+        # This text means that a save has just deleted the lock. Redis has not failed.
         if "Watched variable changed" not in str(error):
             handle_redis_error(error)
 
@@ -305,7 +306,7 @@ CODECS = {
 
 
 def encode(value):
-    """Decimal("1.50") -> {"Decimal": "1.50"}. The encoder calls this for such types."""
+    """Decimal("1.50") -> {"Decimal": "1.50"}, for each type in CODECS."""
     name = type(value).__name__
     return {name: CODECS[name][0](value)}
 
@@ -366,7 +367,7 @@ REDIS_OPTIONS = {
 try:  # this checks the URL and does not connect
     redis.Redis.from_url(**REDIS_OPTIONS).connection_pool.make_connection()
 except (TypeError, ValueError, redis.RedisError):
-    # Not with the text of this error: it could show the password.
+    # The text of this error is left out because it could show the password.
     raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
 
 paused_until = 0  # the time.monotonic() at which Redis is used again
