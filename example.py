@@ -201,7 +201,7 @@ def cache_aside(key, read, load, store):
             if (result := look_up(client, key, read)) is not MISS:
                 return result
             return load_once(client, key, read, load, store)
-        except REDIS_ERRORS as error:  # load() was not called yet
+        except REDIS_ERRORS as error:  # it came before load()
             handle_redis_error(error)
     return load()
 
@@ -250,7 +250,8 @@ def store_if_locked(client, lock, store, result):
                 store(pipe, result)
                 pipe.execute()  # Redis carries them all out together, or none
     except REDIS_ERRORS as error:
-        # This text means that a save has just deleted the lock. Redis has not failed.
+        # This text of a WatchError means that the lock was deleted, or has expired.
+        # Another text means that the connection was lost.
         if "Watched variable changed" not in str(error):
             handle_redis_error(error)
 
