@@ -113,6 +113,8 @@ def test_the_ttl_is_read_at_each_call_and_no_key_is_without(ttl, example, cache)
     assert [10 < cache.ttl(key) <= 60 for key in cache.scan_iter()] == 3 * [True]
     example.fetch("SELECT 1", ttl=100.5), example.record("one", "SELECT 1", ttl=100)
     assert 60 < cache.ttl("SELECT 1") <= cache.ttl("one") + 1 <= 101
+    with pytest.raises(ValueError, match="seconds"):
+        example.record("row", "SELECT 1", ttl=10**18)  # EXPIRE would fail after HSET
 
 
 def test_a_hit_comes_from_redis_until_the_ttl_is_over(example, cache, db):

@@ -161,7 +161,7 @@ KEPT_BY = {
     "the process that loads": "if_the_process_that_loads_is_killed_another_one_loads",
     "MySQL hangs": "callers_that_miss_while_mysql_hangs_get_its_error_within_seconds",
     "a query takes": "a_query_that_takes_too_long_is_cut_off_and_not_repeated",
-    "more than `MAX_QUERIES`": "a_process_runs_at_most_max_queries_at_a_time",
+    "more than `MAX_CONNECTIONS`": "a_process_runs_at_most_max_queries_at_a_time",
     "MySQL refuses": "a_save_that_mysql_refuses_changes_nothing",
     "Redis is out of reach": "a_save_reaches_mysql_when_redis_is_away",
     "a certificate": "a_redis_that_is_not_verified_gets_nothing",
