@@ -264,10 +264,11 @@ def store_if_locked(client, lock, store, result):
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them all out together, or none
-    except redis.WatchError:
-        pass  # the lock was lost, or the connection; then the next call will notice it
     except REDIS_ERRORS as error:
-        handle_redis_error(error)
+        # With this text, a WatchError means that the lock was deleted or has expired.
+        # With any other text, it means that the connection was lost.
+        if "Watched variable changed" not in str(error):
+            handle_redis_error(error)
 
 
 def invalidate(key):

@@ -333,6 +333,15 @@ def test_a_value_that_cannot_be_read_is_a_miss_is_replaced_and_is_reported(
     assert not any(word in warning for word in ("Mercu", "Planted", "exit"))
 
 
+def test_a_connection_lost_before_exec_is_reported(example, cache, caplog):
+    serialize = example.serialize
+    kill = lambda: cache.client_kill_filter(_type="normal", skipme=True)
+    example.serialize = lambda rows: (serialize(rows), kill())[0]
+    assert example.fetch("SELECT 1 AS x") == [{"x": 1}]
+    (warning,) = warnings(caplog, example)
+    assert "while watching" in warning
+
+
 def test_a_mistake_in_a_decoder_is_reported(example, cache, caplog):
     example.planet(1)
     example.from_json = lambda text: text.no_such_method()
