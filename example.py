@@ -33,9 +33,9 @@ Limits:
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS) of a single node, any node of a
 cluster or a serverless cache; DB_HOST, DB_USER, DB_PASS, DB_NAME. Optional: DB_PORT, and
-DB_SSL_CA, a file of certificate authorities, which the certificate of MySQL must be from.
-Needs Linux or macOS, Python 3.9, the packages in requirements.txt, Redis 6.2, and the
-table in seed.sql in MySQL 5.7.20 or MariaDB 10.1 (the primary), or newer versions.
+DB_SSL_CA, a file of certificate authorities: one of them must have signed the certificate
+of MySQL. Needs Linux or macOS, Python 3.9, the packages in requirements.txt, Redis 6.2, and
+the table in seed.sql in MySQL 5.7.20 or MariaDB 10.1 (the primary), or newer versions.
 """
 
 import functools
@@ -65,8 +65,9 @@ POLL_EVERY = 0.05  # the pause before they look for its result again
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
 MISS = object()  # what a look-up returns if the key is not in Redis
-NO_ROW = {"absent": ""}  # the hash for "no such row"
-REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)  # all of redis-py
+NO_ROW = {"absent": ""}  # the hash for "no such row"; JSON is never an empty text
+# The errors of redis-py. A RedisClusterException is not a RedisError.
+REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +115,8 @@ def fetch_key(sql, args=None):
     The args must be written as for fetch: (1,) and [1] make different keys.
     """
     key = sql if args is None else f"{sql} {args!r}"
-    # For lock_name, a } is replaced. The backslash is replaced, too, so that no two texts
-    # have the same key.
+    # lock_name refuses a }, so it is escaped here. The backslash is escaped, too. Without
+    # that, two texts could have the same key.
     return key.replace("\\", r"\\").replace("}", r"\x7d")
 
 
@@ -212,7 +213,8 @@ def cache_aside(key, read, load, store):
             if (result := look_up(client, key, read)) is not MISS:
                 return result
             return load_once(client, key, read, load, store)
-        except REDIS_ERRORS as error:  # load_once raises none of them after load()
+        except REDIS_ERRORS as error:
+            # It was raised before load(). load_once handles the errors after load().
             handle_redis_error(error)
     return load()
 
@@ -287,7 +289,7 @@ def look_up(client, key, read):
     except Exception as error:
         if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
             raise  # Redis failed
-        # Or else the value is damaged, or of another kind, such as a list (WRONGTYPE).
+        # The value is damaged, or it is a list, for example (WRONGTYPE).
         # Only the type of the error is logged, because its text can quote the value.
         warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
         client.delete(key)
@@ -340,7 +342,7 @@ decoder = json.JSONDecoder(object_pairs_hook=decode)
 
 
 def from_json(text):
-    # For a short text, twice as fast as decoder.decode(), which also looks for spaces.
+    # decoder.decode() takes twice as long for a short text. It also looks for spaces.
     value, end = decoder.raw_decode(text)
     if end < len(text):
         raise ValueError("there is more than one value")
@@ -438,9 +440,9 @@ def warn(problem, reason):
 
 # ---- MySQL
 
-# The session is read-only. MySQL ends a query after MYSQL_TIMEOUT, when its caller has
-# given up, and a wait for a lock after 2 seconds. MySQL and MariaDB name these settings
-# differently: each reads its own line, and the other line is a comment for it.
+# The session is read-only. A query ends after MYSQL_TIMEOUT in MySQL, too, and a wait for
+# a lock after 2 seconds. MySQL and MariaDB name these settings differently: each reads its
+# own line, and the other line is a comment for it.
 SESSION_SETTINGS = f"""SET SESSION
     /*!50720 transaction_read_only = 1, max_execution_time = {MYSQL_TIMEOUT * 1000}, */
     /*M!100101 tx_read_only = 1, max_statement_time = {MYSQL_TIMEOUT}, */
@@ -516,7 +518,7 @@ def query(sql, args=None):
 def write(sql, args=None):
     """Run a statement that changes data. Raises pymysql.Error.
 
-    Returns the id of a row that was inserted (AUTO_INCREMENT), for its key, or None.
+    Returns the id of the row that was inserted (AUTO_INCREMENT), or None.
     """
     with mysql_connection() as connection:
         connection.query("SET TRANSACTION READ WRITE")  # for the next statement only
