@@ -272,7 +272,7 @@ def test_a_setting_that_is_missing_or_malformed_is_named(pattern, environment):
     line = error_line(**environment)
     assert re.search(pattern, line)
     module = python("-c", "import example", status=1, **environment)
-    assert module.stderr.endswith(f"\nValueError: {line}\n")
+    assert line.startswith("ValueError: ") and module.stderr.endswith(f"\n{line}\n")
 
 
 def test_a_database_out_of_reach_is_one_line(cache):
@@ -289,13 +289,13 @@ def test_a_password_can_contain_any_character(db, cache):
 
 
 def test_the_script_shows_each_technique_as_miss_and_as_hit(cache):
-    calls = ["fetch('SELECT * FROM planet')", "planet(1)", "planet(99)"]
-    for words in 4 * ["MySQL,"] + 4 * ["hit:"], 8 * ["hit:"]:
+    calls = ["fetch('SELECT SLEEP(0.05)')", "planet(1)"]
+    for words in 2 * ["MySQL,"] + 2 * ["hit:"], 4 * ["hit:"]:
         result = python("example.py")
-        shown = re.findall(r"^\S.*(?<!planet f'\))$", result.stdout, re.MULTILINE)
+        shown = re.findall(r"^\S.*", result.stdout, re.MULTILINE)
         assert shown == calls + calls
         assert re.findall("MySQL,|hit:", result.stdout) == words
-        assert "{'id': 8, 'name': 'Neptune'}]" in result.stdout
+        assert result.stdout.count(f": {MERCURY}\n") == 2
         assert result.stderr == ""
 
 

@@ -115,6 +115,19 @@ def test_a_wrong_password_is_reported_but_not_shown(caplog, own_redis):
     assert "password" in warning
 
 
+def test_a_user_who_lacks_a_right_is_reported_and_does_not_connect_at_each_call(
+    caplog, own_redis
+):
+    with plain(own_redis) as cache:
+        cache.acl_setuser(
+            "guest", enabled=True, nopass=True, keys="*", commands=["+@all", "-info"]
+        )
+    module = load(REDIS_URL=f"redis://guest:any@127.0.0.1:{own_redis.port}")
+    is_right(module)
+    (warning,) = warnings(caplog, module, own_redis.password)
+    assert "permissions" in warning and module.redis_is_paused()
+
+
 def test_a_redis_that_loads_its_data_counts_as_down(caplog, new_servers):
     # It takes 1 ms to load a key, and listens to clients after each KB.
     slowly = "--key-load-delay 1000 --loading-process-events-interval-bytes 1024"
@@ -224,6 +237,7 @@ def test_a_loaded_result_is_not_loaded_again(fault, moment, cached, own_redis, d
     before = selects(db)
     result, seconds = timed(cached.planet, 1)
     assert (result, selects(db)) == (MERCURY, before + 1)
+    assert cached.redis_is_paused()
     assert seconds < 1.5  # to store and to release the lock are several timeouts
 
 
@@ -334,9 +348,9 @@ def test_a_value_that_cannot_be_read_is_a_miss_is_replaced_and_is_reported(
 
 
 def test_a_connection_lost_before_exec_is_reported(example, cache, caplog):
-    serialize = example.serialize
+    rows_to_json = example.rows_to_json
     kill = lambda: cache.client_kill_filter(_type="normal", skipme=True)
-    example.serialize = lambda rows: (serialize(rows), kill())[0]
+    example.rows_to_json = lambda rows: (rows_to_json(rows), kill())[0]
     assert example.fetch("SELECT 1 AS x") == [{"x": 1}]
     (warning,) = warnings(caplog, example)
     assert "while watching" in warning
