@@ -14,18 +14,20 @@ This is what the code adds to the seven-line version:
   the bare Redis call. A value in Redis cannot run code. See Serialization.
 - Every key expires, even if a process dies between two commands. See store_if_locked.
 - A process uses at most MAX_CONNECTIONS to MySQL, each by one caller at a time. One that
-  MySQL has closed is replaced. fetch runs in a read-only session. See mysql_connection.
+  MySQL has closed is replaced. Queries run in a read-only session. See mysql_connection.
 
 Limits:
 - Redis keeps a result until its TTL is over, even if its rows change in MySQL. Only
-  save_planet and invalidate remove it sooner, and not if Redis is out of reach, or if the
-  process dies before. save_planet does not remove what fetch has cached.
-- While Redis is down, every call queries MySQL. While it is full, every miss does. A call
-  that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
-- If one reply takes longer than REDIS_TIMEOUT, this process does not use Redis for
-  REDIS_PAUSE, for any key. A result of many MB can cause that, and may not be stored.
-- If MySQL hangs, a miss raises an error after 5 to 40 seconds: it may have to wait for
-  MAX_WAIT, and then for MYSQL_TIMEOUT several times.
+  save_planet and invalidate remove it sooner. They cannot if Redis is out of reach, or if
+  the process dies between the change and the invalidate. save_planet does not remove what
+  fetch has cached.
+- While Redis is out of reach, every call queries MySQL. While Redis refuses to store, as
+  if it is full, every miss does. A call that gets none of the MAX_CONNECTIONS within
+  MYSQL_TIMEOUT raises an error.
+- One slow reply is enough to put Redis out of use: this process then uses MySQL for
+  REDIS_PAUSE, for all keys. A result of many MB can cause that.
+- If MySQL hangs, a miss raises an error after 5 to 40 seconds, because a call may wait
+  for MAX_WAIT, and then for MYSQL_TIMEOUT several times.
 - Keys do not name the database: give each database a Redis of its own.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS) of a single node, any node of a
@@ -54,12 +56,12 @@ from redis.exceptions import ClusterDownError, LockError, NoPermissionError
 
 # All times are in seconds.
 TTL = 10  # how long Redis keeps a result
-REDIS_TIMEOUT = 0.2  # the longest wait for one reply from Redis
+REDIS_TIMEOUT = 0.2  # the longest wait for the next data from Redis
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
-MYSQL_TIMEOUT = 5  # the longest wait for one reply from MySQL, in whole seconds
+MYSQL_TIMEOUT = 5  # the longest wait for the next data from MySQL, in whole seconds
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
 LOCK_TTL = 2 * MYSQL_TIMEOUT  # after this time, another caller may load and store
-MAX_WAIT = 3 * MYSQL_TIMEOUT  # how long callers wait for another one to load
+MAX_WAIT = 3 * MYSQL_TIMEOUT  # how long callers wait for the one that has the lock
 POLL_EVERY = 0.05  # the pause before they look for its result again
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
@@ -151,7 +153,7 @@ def save_planet(id, name):
     """Insert or rename a planet in MySQL, and return the new record.
 
     Raises ValueError if no planet can have this id. Raises pymysql.Error if MySQL
-    fails; the planet may be saved nevertheless, and old in Redis for TTL seconds.
+    fails. The planet may be saved nevertheless, and Redis may keep the old record.
     """
     id = int(str(id))
     if not 0 < id < 2**32:  # INT UNSIGNED AUTO_INCREMENT: 0 would become another id
@@ -194,21 +196,19 @@ def cache_aside(key, read, load, store):
     from MySQL. store(pipe, result) stores it in Redis.
     """
     result, lock = MISS, None
-    if not redis_is_paused():
-        try:
-            client = redis_client()
-            result = look_up(client, key, read)
-            if result is MISS:
-                lock = lock_or_wait(client, key)
-                result = look_up(client, key, read)  # another caller may have stored it
-        except REDIS_ERRORS as error:
-            handle_redis_error(error)
+    try:
+        result = look_up(key, read)
+        if result is MISS:
+            lock = lock_or_wait(key)
+            result = look_up(key, read)  # another caller may have stored it meanwhile
+    except REDIS_ERRORS as error:
+        handle_redis_error(error)
     # From here on, errors of Redis are logged, and not raised.
     try:
         if result is MISS:
             result = load()
             if lock:
-                store_if_locked(client, lock, store, result)
+                store_if_locked(lock, store, result)
         return result
     finally:
         if lock:
@@ -224,26 +224,26 @@ def lock_name(key):
     return f"lock:{{{key}}}"
 
 
-def lock_or_wait(client, key):
+def lock_or_wait(key):
     """Return the lock of this key, or None if another caller has stored a result.
 
-    The caller that gets the lock loads and stores, while the others wait. If it fails, the
-    next one gets the lock. If its process dies, or if the reply of Redis to it is lost,
-    the others wait until the lock expires, after LOCK_TTL. A caller that has waited for
-    MAX_WAIT gets None, too: it loads, and does not store.
+    One caller gets the lock, loads and stores, while the others wait. If its load fails,
+    the next caller gets the lock. If its process dies, or if Redis gave it the lock but
+    the reply was lost, the others wait until the lock expires, after LOCK_TTL.
+    A caller that has waited for MAX_WAIT gets None, too: it loads, and does not store.
     """
-    lock = client.lock(lock_name(key), timeout=LOCK_TTL)
     deadline = time.monotonic() + MAX_WAIT
-    while not lock.acquire(blocking=False):
-        if redis_is_paused() or time.monotonic() > deadline:
-            return None
+    while not redis_is_paused() and time.monotonic() < deadline:
+        lock = redis_client().lock(lock_name(key), timeout=LOCK_TTL)
+        if lock.acquire(blocking=False):
+            return lock
         time.sleep(POLL_EVERY)
-        if client.exists(key):
-            return None
-    return lock
+        if redis_client().exists(key):
+            break
+    return None
 
 
-def store_if_locked(client, lock, store, result):
+def store_if_locked(lock, store, result):
     """Store the result, unless this caller has lost the lock while it loaded.
 
     A slow reader must not store an old record after a save. So the save deletes the lock:
@@ -256,11 +256,11 @@ def store_if_locked(client, lock, store, result):
         the lock is lost: do not store
     """
     try:
-        with client.pipeline(transaction=True) as pipe:
+        with redis_client().pipeline(transaction=True) as pipe:
             # If a save deletes the lock before watch(), owned() returns False. If it
             # deletes the lock later, execute() fails.
             pipe.watch(lock.name)  # is sent at once
-            if lock.owned():  # asks Redis, on another connection
+            if lock.owned():  # on another connection, because this one is watching
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them all out together, or none
@@ -269,9 +269,10 @@ def store_if_locked(client, lock, store, result):
 
 
 def release(lock):
+    """Delete the lock. If that fails, it will expire."""
     try:
         lock.release()
-    except REDIS_ERRORS as error:  # the lock will expire
+    except REDIS_ERRORS as error:
         handle_redis_error(error)
 
 
@@ -284,12 +285,16 @@ def invalidate(key):
         pause_redis()  # so that save_planet does not return the old record
 
 
-def look_up(client, key, read):
+def look_up(key, read):
     """Return the result that is in Redis, or MISS. Delete a value that cannot be read."""
+    if redis_is_paused():
+        return MISS
+    client = redis_client()
     try:
         result = read(client)
     except Exception as error:
-        # Redis failed, unless the key holds another type, such as a list (WRONGTYPE).
+        # WRONGTYPE: the key holds another type, such as a list. With any other error of
+        # redis-py, Redis failed.
         if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
             raise
         # Only the type of the error is logged, because its text can quote the value.
@@ -396,7 +401,7 @@ warned_at = {}  # warning -> the time.monotonic() at which it was logged
 def redis_client():
     """Return a client for the node in REDIS_URL, or for the cluster it belongs to.
 
-    redis-py itself gives each thread and each fork its own connections.
+    redis-py lends a connection to one thread at a time, and makes new ones after a fork.
     """
     client = redis.Redis.from_url(**REDIS_OPTIONS)
     if client.info("cluster").get("cluster_enabled"):
@@ -430,7 +435,8 @@ def handle_redis_error(error):
     if isinstance(error, LockError) or "Watched variable changed" in str(error):
         return
     # redis-py may quote the command, with its data, before "caused error: ".
-    warn("an error of Redis, MySQL is used", str(error).split("caused error: ")[-1])
+    reason = str(error).split("caused error: ")[-1]
+    warn(f"Redis failed, {type(error).__name__}", reason)
     if isinstance(error, PAUSE_AFTER):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
@@ -447,7 +453,7 @@ def warn(problem, reason):
 
 # ---- MySQL
 
-# The session is read-only. A query ends after MYSQL_TIMEOUT in MySQL, too, and a wait for
+# The session is read-only. A SELECT ends after MYSQL_TIMEOUT in MySQL, too, and a wait for
 # a lock after 2 seconds. MySQL and MariaDB name these settings differently: each reads its
 # own line, and the other line is a comment for it.
 SESSION_SETTINGS = f"""SET SESSION
@@ -499,7 +505,7 @@ def mysql_connection():
         message = f"all {MAX_CONNECTIONS} connections are in use"
         raise pymysql.OperationalError(message) from None
     try:
-        make_usable(connection)
+        connect_if_closed(connection)
         yield connection
     except BaseException:
         connection.close()  # its state is unknown; the next caller opens it again
@@ -508,7 +514,7 @@ def mysql_connection():
         pool.put(connection)
 
 
-def make_usable(connection):
+def connect_if_closed(connection):
     try:
         connection.ping(reconnect=False)
     except pymysql.Error:  # it is not open yet, or MySQL has closed it
@@ -529,8 +535,8 @@ def query(sql, args=None):
 def write(sql, args=None):
     """Run one statement that changes data, and commit. Raises pymysql.Error.
 
-    Returns the id of a new row (AUTO_INCREMENT), or None. Its key may hold "no such row",
-    so invalidate it.
+    Returns the id of a new row (AUTO_INCREMENT), or None. The key of the new row may hold
+    "no such row", so invalidate it.
     """
     with mysql_connection() as connection:
         connection.query("SET TRANSACTION READ WRITE")  # for the next statement only
@@ -548,13 +554,14 @@ def execute(connection, sql, args):
 # ---- The demonstration
 
 if __name__ == "__main__":
-    calls = [(fetch, "SELECT SLEEP(0.05)"), (planet, 1)]
+    slow = "SELECT SLEEP(0.05)"
+    calls = [(fetch, slow), (fetch, slow), (planet, 1), (planet, 1)]
     try:
         # A miss, so that both servers are connected before times are taken.
         fetch("SELECT %s", (time.time(),))
         logging.basicConfig(format="    %(message)s", stream=sys.stdout)
         log.setLevel("DEBUG")
-        for function, argument in calls + calls:
+        for function, argument in calls:
             print(f"{function.__name__}({argument!r})")
             start = time.perf_counter()
             result = function(argument)
