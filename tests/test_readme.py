@@ -59,7 +59,7 @@ def sessions():
 def test_a_python_session_prints_what_it_shows(session, db, cache, tmp_path):
     file = tmp_path / "session.txt"
     file.write_text(re.sub(r"\d+\.\d\d ms", "... ms", session))
-    (tmp_path / "customers.py").write_text(blocks("py")[1])
+    (tmp_path / "customers.py").write_text(blocks("py")[2])
     result = subprocess.run(
         [sys.executable, "-m", "doctest", "-v", "-o", "ELLIPSIS", file],
         cwd=tmp_path,
