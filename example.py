@@ -21,9 +21,10 @@ Limits:
   save_planet and invalidate remove it sooner. They cannot if Redis is out of reach, or if
   the process dies between the change and the invalidate. save_planet does not remove what
   fetch has cached.
-- While Redis is out of reach, every call queries MySQL. While Redis refuses to store, as
-  if it is full, every miss does. A call that gets none of the MAX_CONNECTIONS within
-  MYSQL_TIMEOUT raises an error.
+- While Redis is out of reach, every call queries MySQL. While Redis refuses to store, for
+  example because it is full, every miss does. In both cases, callers do not wait for one
+  another. A call that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an
+  error.
 - One slow reply is enough to put Redis out of use: this process then uses MySQL for
   REDIS_PAUSE, for all keys. A result of many MB can cause that.
 - If MySQL hangs, a miss raises an error after 5 to 40 seconds, because a call may wait
@@ -110,9 +111,9 @@ def fetch(sql, args=None, ttl=None):
 def record(key, sql, args=None, ttl=None):
     """Return one row as a dict, or None if there is no such row.
 
-    key: the key in Redis, different for each sql and args, without a }. sql: a SELECT of
-    one row. args, ttl: as for fetch. Raises pymysql.Error if the row is not cached and
-    the query fails. On a hit, the columns can be in another order.
+    key: the key in Redis, different for each sql and args, without a }, see lock_name.
+    sql: a SELECT of one row. args, ttl: as for fetch. Raises pymysql.Error if the row is
+    not cached and the query fails. On a hit, the columns can be in another order.
     """
     if "}" in key:
         raise ValueError(f"a key must not contain a }}: {key}")
@@ -172,7 +173,7 @@ def fetch_key(sql, args=None):
     The args must be written as for fetch: (1,) and [1] make different keys.
     """
     key = sql if args is None else f"{sql} {args!r}"
-    # A key must not contain a }, see lock_name. So it becomes \x7d. A backslash is
+    # A } becomes \x7d, because a key must not contain it, see lock_name. A backslash is
     # doubled, so that different keys stay different.
     return key.replace("\\", r"\\").replace("}", r"\x7d")
 
@@ -225,12 +226,12 @@ def lock_name(key):
 
 
 def lock_or_wait(key):
-    """Return the lock of this key, or None if another caller has stored a result.
+    """Return the lock of this key to one caller, and None to the others after a wait.
 
-    One caller gets the lock, loads and stores, while the others wait. If its load fails,
-    the next caller gets the lock. If its process dies, or if Redis gave it the lock but
-    the reply was lost, the others wait until the lock expires, after LOCK_TTL.
-    A caller that has waited for MAX_WAIT gets None, too: it loads, and does not store.
+    The one loads and stores, and the others wait until its result is in Redis. If its load
+    fails, the next caller gets the lock. If its process dies, or if Redis gave it the lock
+    but the reply was lost, they wait until the lock expires, after LOCK_TTL. After
+    MAX_WAIT, or if Redis fails, a caller stops waiting: it loads, and does not store.
     """
     deadline = time.monotonic() + MAX_WAIT
     while not redis_is_paused() and time.monotonic() < deadline:
@@ -239,7 +240,7 @@ def lock_or_wait(key):
             return lock
         time.sleep(POLL_EVERY)
         if redis_client().exists(key):
-            break
+            return None  # another caller has stored the result
     return None
 
 
@@ -256,11 +257,11 @@ def store_if_locked(lock, store, result):
         the lock is lost: do not store
     """
     try:
-        with redis_client().pipeline(transaction=True) as pipe:
+        with lock.redis.pipeline(transaction=True) as pipe:
             # If a save deletes the lock before watch(), owned() returns False. If it
             # deletes the lock later, execute() fails.
             pipe.watch(lock.name)  # is sent at once
-            if lock.owned():  # on another connection, because this one is watching
+            if lock.owned():
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them all out together, or none
@@ -416,8 +417,8 @@ def redis_is_paused():
 def pause_redis():
     """Do not use Redis for REDIS_PAUSE, and then connect again.
 
-    A save uses Redis even in a pause. If that fails, the pause does not become longer,
-    because many saves would then keep Redis out of use.
+    A save, and a caller that has a lock, use Redis even in a pause. If that fails, the
+    pause does not become longer, because many saves would then keep Redis out of use.
     """
     global paused_until
     if not redis_is_paused():
