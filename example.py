@@ -53,7 +53,7 @@ from decimal import Decimal
 
 import pymysql
 import redis
-from redis.exceptions import ClusterDownError, LockError, NoPermissionError
+from redis.exceptions import ClusterDownError, LockError
 
 # All times are in seconds.
 TTL = 10  # how long Redis keeps a result
@@ -75,12 +75,13 @@ log = logging.getLogger(__name__)
 
 # ---- Settings
 
-if __name__ == "__main__":
-    sys.tracebacklimit = 0  # the script shows an error as one line, without a traceback
+# For a setting that is missing or unusable: the script prints one line and exits, and an
+# import raises a ValueError.
+SettingError = SystemExit if __name__ == "__main__" else ValueError
 
 required = ["REDIS_URL", "DB_HOST", "DB_USER", "DB_PASS", "DB_NAME"]
 if missing := [name for name in required if not os.environ.get(name)]:
-    raise ValueError(f"not set in the environment: {', '.join(missing)}")
+    raise SettingError(f"not set in the environment: {', '.join(missing)}")
 
 # ---- The two techniques: rows as a string, and a row as a hash
 
@@ -115,8 +116,6 @@ def record(key, sql, args=None, ttl=None):
     sql: a SELECT of one row. args, ttl: as for fetch. Raises pymysql.Error if the row is
     not cached and the query fails. On a hit, the columns can be in another order.
     """
-    if "}" in key:
-        raise ValueError(f"a key must not contain a }}: {key}")
     ttl = ttl_in_seconds(ttl)
 
     def read(client):
@@ -198,14 +197,15 @@ def cache_aside(key, read, load, store):
     """
     result, lock = MISS, None
     try:
-        result = look_up(key, read)
-        if result is MISS:
-            lock = lock_or_wait(key)
-            result = look_up(key, read)  # another caller may have stored it meanwhile
-    except REDIS_ERRORS as error:
-        handle_redis_error(error)
-    # From here on, errors of Redis are logged, and not raised.
-    try:
+        try:
+            result = look_up(key, read)
+            if result is MISS:
+                result, lock = lock_or_wait(key, read)
+            if lock:
+                result = look_up(key, read)  # another caller may have stored it before
+        except REDIS_ERRORS as error:
+            handle_redis_error(error)
+        # From here on, errors of Redis are logged, and not raised.
         if result is MISS:
             result = load()
             if lock:
@@ -222,26 +222,28 @@ def lock_name(key):
     In a cluster, a transaction needs both keys on one node. The braces make Redis choose
     the node of planet:1. They end at the first }, so a key must not contain one.
     """
+    if "}" in key:
+        raise ValueError(f"a key must not contain a }}: {key}")
     return f"lock:{{{key}}}"
 
 
-def lock_or_wait(key):
-    """Return the lock of this key to one caller, and None to the others after a wait.
+def lock_or_wait(key, read):
+    """After a miss, return (MISS, lock) to one caller, and (result, None) to the others.
 
     The one loads and stores, and the others wait until its result is in Redis. If its load
     fails, the next caller gets the lock. If its process dies, or if Redis gave it the lock
     but the reply was lost, they wait until the lock expires, after LOCK_TTL. After
-    MAX_WAIT, or if Redis fails, a caller stops waiting: it loads, and does not store.
+    MAX_WAIT, or if Redis fails, a caller gets (MISS, None): it loads, and does not store.
     """
     deadline = time.monotonic() + MAX_WAIT
     while not redis_is_paused() and time.monotonic() < deadline:
         lock = redis_client().lock(lock_name(key), timeout=LOCK_TTL)
         if lock.acquire(blocking=False):
-            return lock
+            return MISS, lock
         time.sleep(POLL_EVERY)
-        if redis_client().exists(key):
-            return None  # another caller has stored the result
-    return None
+        if (result := look_up(key, read)) is not MISS:
+            return result, None
+    return MISS, None
 
 
 def store_if_locked(lock, store, result):
@@ -377,7 +379,6 @@ PAUSE_AFTER = (
     redis.TimeoutError,
     redis.RedisClusterException,
     ClusterDownError,
-    NoPermissionError,  # without the right to INFO, redis_client fails at each call
 )
 
 REDIS_OPTIONS = {
@@ -392,7 +393,7 @@ try:  # this checks the URL and does not connect
     redis.Redis.from_url(**REDIS_OPTIONS).connection_pool.make_connection()
 except (TypeError, ValueError, redis.RedisError):
     # The text of this error is left out because it could show the password.
-    raise ValueError("REDIS_URL is not like redis://user:pass@host:port") from None
+    raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
 
 paused_until = 0  # the time.monotonic() at which Redis is used again
 warned_at = {}  # warning -> the time.monotonic() at which it was logged
@@ -436,8 +437,7 @@ def handle_redis_error(error):
     if isinstance(error, LockError) or "Watched variable changed" in str(error):
         return
     # redis-py may quote the command, with its data, before "caused error: ".
-    reason = str(error).split("caused error: ")[-1]
-    warn(f"Redis failed, {type(error).__name__}", reason)
+    warn("an error of Redis", str(error).split("caused error: ")[-1])
     if isinstance(error, PAUSE_AFTER):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
@@ -463,7 +463,7 @@ SESSION_SETTINGS = f"""SET SESSION
     innodb_lock_wait_timeout = 2, lock_wait_timeout = 2"""
 port = os.environ.get("DB_PORT") or "3306"
 if not (port.isdecimal() and 0 < int(port) < 65536):
-    raise ValueError(f"DB_PORT is not a port number: {port!r}")
+    raise SettingError(f"DB_PORT is not a port number: {port!r}")
 MYSQL_OPTIONS = {
     "host": os.environ["DB_HOST"],
     "port": int(port),
@@ -482,7 +482,7 @@ if ca := os.environ.get("DB_SSL_CA"):
     try:  # PyMySQL then refuses a server without TLS, or with another certificate or name
         MYSQL_OPTIONS["ssl"] = ssl.create_default_context(cafile=ca)
     except OSError as error:
-        raise ValueError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
+        raise SettingError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
 
 
 def fill_pool():

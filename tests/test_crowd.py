@@ -73,6 +73,18 @@ def test_a_waiting_caller_takes_the_result_while_another_has_the_lock(example, c
     assert call.result(1) == {"id": 1, "name": "Planted"}
 
 
+def test_waiting_callers_that_find_a_value_they_cannot_read_make_one_query(
+    example, cache, db
+):
+    cache.set("lock:{planet:1}", "of another process", px=500)
+    calls = [begin(example.planet, 1) for _ in range(20)]
+    time.sleep(0.1)
+    before = selects(db)
+    cache.hset("planet:1", "name", "no JSON")
+    assert [call.result(3) for call in calls] == 20 * [MERCURY]
+    assert selects(db) == before + 1
+
+
 def test_a_caller_that_gets_the_lock_looks_again(example, cache):
     lock_name, planted = example.lock_name, {"id": "1", "name": '"Planted"'}
     example.lock_name = lambda key: cache.hset(key, mapping=planted) and lock_name(key)

@@ -115,19 +115,6 @@ def test_a_wrong_password_is_reported_but_not_shown(caplog, own_redis):
     assert "password" in warning
 
 
-def test_a_user_who_lacks_a_right_is_reported_and_does_not_connect_at_each_call(
-    caplog, own_redis
-):
-    with plain(own_redis) as cache:
-        cache.acl_setuser(
-            "guest", enabled=True, nopass=True, keys="*", commands=["+@all", "-info"]
-        )
-    module = load(REDIS_URL=f"redis://guest:any@127.0.0.1:{own_redis.port}")
-    is_right(module)
-    (warning,) = warnings(caplog, module, own_redis.password)
-    assert "permissions" in warning and module.redis_is_paused()
-
-
 def test_a_redis_that_loads_its_data_counts_as_down(caplog, new_servers):
     # It takes 1 ms to load a key, and listens to clients after each KB.
     slowly = "--key-load-delay 1000 --loading-process-events-interval-bytes 1024"
