@@ -178,7 +178,7 @@ def fetch_key(sql, args=None):
 
 
 def ttl_in_seconds(ttl):
-    """Return ttl, or TTL if it is None. Raises ValueError if Redis would refuse it."""
+    """Return ttl, or TTL if it is None. Raises ValueError if Redis cannot use it."""
     ttl = int(TTL if ttl is None else ttl)
     if not 0 < ttl < 2**31:
         raise ValueError(f"not a number of seconds for Redis: {ttl}")
@@ -258,6 +258,8 @@ def store_if_locked(lock, store, result):
                                      invalidate: DELETE the key and the lock
         the lock is lost: do not store
     """
+    if redis_is_paused():  # perhaps because the look-up under the lock has failed
+        return
     try:
         with lock.redis.pipeline(transaction=True) as pipe:
             # If a save deletes the lock before watch(), owned() returns False. If it
@@ -374,7 +376,7 @@ def rows_from_json(text):
 # ---- Redis
 
 # The errors after which Redis is not used for REDIS_PAUSE.
-PAUSE_AFTER = (
+PAUSING_ERRORS = (
     redis.ConnectionError,
     redis.TimeoutError,
     redis.RedisClusterException,
@@ -418,8 +420,8 @@ def redis_is_paused():
 def pause_redis():
     """Do not use Redis for REDIS_PAUSE, and then connect again.
 
-    A save, and a caller that has a lock, use Redis even in a pause. If that fails, the
-    pause does not become longer, because many saves would then keep Redis out of use.
+    A save, and a caller that releases its lock, use Redis even in a pause. If that fails,
+    the pause does not become longer: many saves would then keep Redis out of use.
     """
     global paused_until
     if not redis_is_paused():
@@ -438,7 +440,7 @@ def handle_redis_error(error):
         return
     # redis-py may quote the command, with its data, before "caused error: ".
     warn("an error of Redis", str(error).split("caused error: ")[-1])
-    if isinstance(error, PAUSE_AFTER):
+    if isinstance(error, PAUSING_ERRORS):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
         redis_client.cache_clear()  # after a failover, REDIS_URL leads to another node

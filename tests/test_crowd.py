@@ -99,6 +99,13 @@ def test_a_waiting_caller_does_not_wait_for_a_redis_that_has_failed(example, cac
     assert call.result(1) == MERCURY
 
 
+def test_a_caller_does_not_store_in_a_pause(example, cache):
+    query = example.query
+    example.query = lambda *args: (query(*args), example.pause_redis())[0]
+    assert example.planet(1) == MERCURY
+    assert not cache.keys()
+
+
 def test_after_max_wait_a_caller_loads_without_the_lock(example, cache):
     example.MAX_WAIT = 0.5
     cache.set("lock:{planet:1}", "of another process", px=3000)

@@ -75,6 +75,13 @@ def test_a_python_session_prints_what_it_shows(session, db, cache, tmp_path):
     assert f"{session.count('>>> ')} passed" in result.stdout
 
 
+def test_the_example_for_a_program_runs(example, db, monkeypatch):
+    monkeypatch.setitem(sys.modules, "example", example)
+    variables = {}
+    exec(blocks("py")[1], variables)  # noqa: S102
+    assert variables["customers"] == []
+
+
 # ---- commands and what they print
 
 
