@@ -47,13 +47,13 @@ import queue
 import ssl
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 
 import pymysql
 import redis
-from redis.exceptions import ClusterDownError, LockError
+from redis.exceptions import ClusterDownError, LockError, NoPermissionError
 
 # All times are in seconds.
 TTL = 10  # how long Redis keeps a result
@@ -408,8 +408,9 @@ def redis_client():
     redis-py lends a connection to one thread at a time, and makes new ones after a fork.
     """
     client = redis.Redis.from_url(**REDIS_OPTIONS)
-    if client.info("cluster").get("cluster_enabled"):
-        client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
+    with suppress(NoPermissionError):  # a user who may not use INFO gets a single node
+        if client.info("cluster").get("cluster_enabled"):
+            client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
     return client
 
 

@@ -115,6 +115,15 @@ def test_a_wrong_password_is_reported_but_not_shown(caplog, own_redis):
     assert "password" in warning
 
 
+def test_a_user_who_may_not_use_info_can_use_the_cache(caplog, own_redis):
+    rights = {"commands": ["+@all", "-@dangerous"], "keys": "*"}
+    with plain(own_redis) as cache:
+        cache.acl_setuser("guest", enabled=True, nopass=True, **rights)
+    module = load(REDIS_URL=f"redis://guest:any@127.0.0.1:{own_redis.port}")
+    assert is_used(own_redis, module)
+    assert not warnings(caplog, module)
+
+
 def test_a_redis_that_loads_its_data_counts_as_down(caplog, new_servers):
     # It takes 1 ms to load a key, and listens to clients after each KB.
     slowly = "--key-load-delay 1000 --loading-process-events-interval-bytes 1024"
