@@ -48,7 +48,8 @@ def find(*names):
 
 def find_program(kind):
     """The program that LOCAL_REDIS or LOCAL_MYSQLD names, or one that is installed."""
-    return os.environ.get(f"LOCAL_{kind.upper()}") or find(*PROGRAMS[kind])
+    named = os.environ.get(f"LOCAL_{kind.upper()}")
+    return (find(named) or named) if named else find(*PROGRAMS[kind])
 
 
 def find_server(kind, *options):
