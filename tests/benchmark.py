@@ -131,6 +131,9 @@ def own_database(bench):
             query(db, f"DROP DATABASE IF EXISTS {bench.name}")
         for key in bench.keys:
             example.invalidate(key)
+        # The garbage collector may warn of a socket that it has to close.
+        for client in example.redis_client(), bench.cache, bench.plain_cache:
+            client.close()
 
 
 def list_cases(bench):
@@ -355,13 +358,16 @@ def eviction(bench):
     """
     count, reads, value = bench.eviction_keys, bench.eviction_reads, "x" * 500
     hits = Counter()
-    with Servers() as servers:
+    with Servers() as servers, contextlib.ExitStack() as stack:
         with plain(servers.redis()) as cache:
             cache.setex("key:1", 600, value)
             memory = cache.info("memory")["used_memory"]
             memory += count // 5 * cache.memory_usage("key:1")
         limit = "--maxmemory", memory, "--maxmemory-policy"
-        caches = {policy: plain(servers.redis(*limit, policy)) for policy in POLICIES}
+        caches = {}
+        for policy in POLICIES:
+            client = plain(servers.redis(*limit, policy))
+            caches[policy] = stack.enter_context(client)
         for n, rank in enumerate(
             random.choices(range(count), zipf(count), k=3 * reads)
         ):
