@@ -80,12 +80,9 @@ def test_a_python_session_prints_what_it_shows(session, db, cache, tmp_path):
 
 def test_the_example_for_a_program_runs(example, db, monkeypatch):
     monkeypatch.setitem(sys.modules, "example", example)
-    functions = {}
-    exec(blocks("py")[1], functions)  # noqa: S102
-    db.execute("INSERT INTO customer VALUES (1, 'Ada', NULL, 5, NULL)")
-    for discount, rows in (5, []), (20, [{"id": 1, "name": "Ada"}]):
-        functions["set_discount"](1, discount)
-        assert [functions["good_customers"](10) for _ in "12"] == 2 * [rows]
+    variables = {}
+    exec(blocks("py")[1], variables)  # noqa: S102
+    assert variables["customers"] == []
 
 
 # ---- commands and what they print
