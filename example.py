@@ -408,7 +408,7 @@ def redis_client():
     redis-py lends a connection to one thread at a time, and makes new ones after a fork.
     """
     client = redis.Redis.from_url(**REDIS_OPTIONS)
-    with suppress(NoPermissionError):  # a user who may not use INFO gets a single node
+    with suppress(NoPermissionError):  # a user without INFO can use only a single node
         if client.info("cluster").get("cluster_enabled"):
             client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
     return client
@@ -439,8 +439,10 @@ def handle_redis_error(error):
     # when it loses the connection, but with another text.)
     if isinstance(error, LockError) or "Watched variable changed" in str(error):
         return
-    # redis-py may quote the command, with its data, before "caused error: ".
-    warn("an error of Redis", str(error).split("caused error: ")[-1])
+    # The text may quote the command, with its data: redis-py before "caused error: ", and
+    # Redis after ", with args".
+    reason = str(error).split("caused error: ")[-1].split(", with args")[0]
+    warn("an error of Redis", reason)
     if isinstance(error, PAUSING_ERRORS):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):

@@ -285,6 +285,14 @@ def test_a_redis_that_becomes_full_during_a_load_keeps_data_out_of_the_log(
     assert "maxmemory" in warning
 
 
+def test_a_redis_without_a_command_keeps_data_out_of_the_log(caplog, new_servers):
+    server = new_servers.redis("--rename-command", "SETEX", "")
+    module = load(REDIS_URL=server.url)
+    assert module.fetch(NAMES) == ROWS
+    (warning,) = warnings(caplog, module, NAMES, "Venus")
+    assert "SETEX" in warning
+
+
 def test_a_read_only_redis_costs_no_result_and_serves_hits(caplog, new_servers):
     # The relay is the host name of a primary endpoint. After a failover it leads to
     # another node, but connections to the old one stay.
