@@ -18,9 +18,9 @@ This is what the code adds to the seven-line version:
 
 Limits:
 - Redis keeps a result until its TTL is over, even if its rows change in MySQL. Only
-  save_planet and invalidate remove it sooner. They cannot if Redis is out of reach, or if
-  the process dies between the change and the invalidate. save_planet does not remove what
-  fetch has cached.
+  save_planet and invalidate remove it sooner. They fail if Redis is out of reach, or if
+  the process dies before it has called invalidate. save_planet does not remove what fetch
+  has cached.
 - While Redis is out of reach, every call queries MySQL. While Redis refuses to store, for
   example because it is full, every miss does. In both cases, callers do not wait for one
   another. A call that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an
@@ -75,7 +75,7 @@ log = logging.getLogger(__name__)
 
 # ---- Settings
 
-# For a setting that is missing or unusable: the script prints one line and exits, and an
+# If a setting is missing or cannot be used, the script prints one line and exits. An
 # import raises a ValueError.
 SettingError = SystemExit if __name__ == "__main__" else ValueError
 
@@ -230,10 +230,11 @@ def lock_name(key):
 def lock_or_wait(key, read):
     """After a miss, return (MISS, lock) to one caller, and (result, None) to the others.
 
-    The one loads and stores, and the others wait until its result is in Redis. If its load
-    fails, the next caller gets the lock. If its process dies, or if Redis gave it the lock
-    but the reply was lost, they wait until the lock expires, after LOCK_TTL. After
-    MAX_WAIT, or if Redis fails, a caller gets (MISS, None): it loads, and does not store.
+    The caller that gets the lock loads and stores. The others wait until its result is in
+    Redis. If its load fails, the next caller gets the lock. If its process dies, or if the
+    reply that gave it the lock is lost, the others wait until the lock expires, after
+    LOCK_TTL. A caller that has waited for MAX_WAIT, or sees that Redis has failed, gets
+    (MISS, None): it loads, and does not store.
     """
     deadline = time.monotonic() + MAX_WAIT
     while not redis_is_paused() and time.monotonic() < deadline:
@@ -258,13 +259,15 @@ def store_if_locked(lock, store, result):
                                      invalidate: DELETE the key and the lock
         the lock is lost: do not store
     """
-    if redis_is_paused():  # perhaps because the look-up under the lock has failed
+    # The look-up under the lock may have failed. Then another result may be in Redis, and
+    # HSET would mix the two.
+    if redis_is_paused():
         return
     try:
         with lock.redis.pipeline(transaction=True) as pipe:
             # If a save deletes the lock before watch(), owned() returns False. If it
             # deletes the lock later, execute() fails.
-            pipe.watch(lock.name)  # is sent at once
+            pipe.watch(lock.name)  # Redis receives this at once
             if lock.owned():
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
@@ -435,8 +438,8 @@ def handle_redis_error(error):
 
     If Redis only refuses a command, because it is full for example, it still serves hits.
     """
-    # It is no failure if a save has deleted the lock. (redis-py raises a WatchError also
-    # when it loses the connection, but with another text.)
+    # If a save has deleted the lock, or if it has expired, Redis has not failed. (redis-py
+    # also raises a WatchError if it loses the connection, but with another text.)
     if isinstance(error, LockError) or "Watched variable changed" in str(error):
         return
     # The text may quote the command, with its data: redis-py before "caused error: ", and

@@ -132,7 +132,7 @@ def own_database(bench):
         for key in bench.keys:
             example.invalidate(key)
         # The garbage collector may warn of a socket that it has to close.
-        for client in example.redis_client(), bench.cache, bench.plain_cache:
+        for client in bench.cache, bench.plain_cache:
             client.close()
 
 

@@ -185,7 +185,9 @@ def prepare():
 
 def main():
     path = TESTS.parent / "README.md"
-    steps, _, last_step = path.read_text(encoding="utf-8").partition("Step 5 on AWS")
+    steps, _, last_step = path.read_text(encoding="utf-8").partition(
+        "<summary>Step 5 on AWS"
+    )
     pattern = r"(?ms)^```sh\n# CloudShell\n(.*?)^```$"
     create, clean = re.findall(pattern, steps), re.findall(pattern, last_step)
     shown = re.search(r"(?ms)^```text\n(.*?)^```$", last_step)

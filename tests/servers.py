@@ -49,7 +49,7 @@ def find(*names):
 def find_program(kind):
     """The program that LOCAL_REDIS or LOCAL_MYSQLD names, or one that is installed."""
     named = os.environ.get(f"LOCAL_{kind.upper()}")
-    return (find(named) or named) if named else find(*PROGRAMS[kind])
+    return find(*([named] if named else PROGRAMS[kind])) or named
 
 
 def find_server(kind, *options):

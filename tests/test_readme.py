@@ -78,11 +78,12 @@ def test_a_python_session_prints_what_it_shows(session, db, cache, tmp_path):
     assert f"{session.count('>>> ')} passed" in result.stdout
 
 
-def test_the_example_for_a_program_runs(example, db, monkeypatch):
+def test_the_example_for_a_program_runs(example, cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "example", example)
     variables = {}
     exec(blocks("py")[1], variables)  # noqa: S102
     assert variables["customers"] == []
+    assert not cache.keys()  # it has invalidated what it has fetched
 
 
 # ---- commands and what they print
