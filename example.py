@@ -1,42 +1,38 @@
 """Cache-aside: Redis in front of MySQL.
 
-fetch(sql) caches the rows of a query, as a string under the text of the query.
-record(key, sql) caches one row, as a hash under a key that the caller chooses; planet(id)
-calls it. Both look in Redis first. On a miss, they load the result from MySQL and store
-it in Redis for TTL seconds.
+fetch(sql) caches the rows of a query, as a string. record(key, sql) caches one row, as a
+hash, and planet(id) shows how to use it. Both look in Redis first. On a miss, they load
+the result from MySQL and store it in Redis for TTL seconds.
 
-This is what the code adds to the seven-line version:
-- If many callers miss the same key, one loads it and the others wait. See lock_or_wait.
-- A slow reader does not undo a save. See store_if_locked.
-- If Redis fails, calls query MySQL instead. See handle_redis_error.
-- A value that cannot be read is replaced, and a warning is logged. See look_up.
-- A hit returns what the miss returned, in values and types, and takes hardly longer than
-  the bare Redis call. A value in Redis cannot run code. See Serialization.
-- Every key expires, even if a process dies between two commands. See store_if_locked.
-- A process uses at most MAX_CONNECTIONS to MySQL, each by one caller at a time. One that
-  MySQL has closed is replaced. Queries run in a read-only session. See mysql_connection.
+This is what the code adds to the seven-line version, and where it does so:
+- If many callers miss the same key, one loads and the others wait (look_up_or_lock).
+- A slow reader does not undo a save (store_if_locked).
+- If Redis fails, calls query MySQL instead (handle_redis_error).
+- A value that cannot be read is replaced, and a warning is logged (look_up).
+- A hit returns what the miss returned, in values and types. It takes hardly longer than
+  the bare Redis call, also for thousands of rows (Serialization).
+- Every key expires, even if a process dies between two commands (store_if_locked).
+- A process opens at most MAX_CONNECTIONS to MySQL, each used by one caller at a time. One
+  that MySQL has closed is replaced. Queries cannot write (MySQL).
 
 Limits:
-- Redis keeps a result until its TTL is over, even if its rows change in MySQL. Only
-  save_planet and invalidate remove it sooner. They fail if Redis is out of reach, or if
-  the process dies before it has called invalidate. save_planet does not remove what fetch
-  has cached.
-- While Redis is out of reach, every call queries MySQL. While Redis refuses to store, for
-  example because it is full, every miss does. In both cases, callers do not wait for one
-  another. A call that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an
-  error.
-- One slow reply is enough to put Redis out of use: this process then uses MySQL for
-  REDIS_PAUSE, for all keys. A result of many MB can cause that.
-- If MySQL hangs, a miss raises an error after 5 to 40 seconds, because a call may wait
-  for MAX_WAIT, and then for MYSQL_TIMEOUT several times.
+- If rows change in MySQL, their result stays in Redis until its TTL is over, or until
+  save_planet or invalidate removes it. These fail if Redis is out of reach, or if the
+  process dies first. save_planet does not remove what fetch has cached.
+- While Redis is out of reach or refuses to store, callers do not wait for one another.
+  MAX_CONNECTIONS then limits the queries in MySQL, and a call that gets no connection
+  within MYSQL_TIMEOUT raises an error.
+- After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all
+  keys for REDIS_PAUSE. A result of many MB can cause that.
+- If MySQL hangs, a miss waits for MAX_WAIT and up to five times for MYSQL_TIMEOUT, and
+  then raises an error.
 - Keys do not name the database: give each database a Redis of its own.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS) of a single node, any node of a
 cluster or a serverless cache; DB_HOST, DB_USER, DB_PASS, DB_NAME. Optional: DB_PORT, and
-DB_SSL_CA, a file of certificate authorities. Without DB_SSL_CA, TLS is used if MySQL
-offers it, but its certificate is not verified. Needs Linux or macOS, Python 3.9, the
-packages in requirements.txt, Redis 6.2, the table in seed.sql in MySQL 5.7.20 or MariaDB
-10.1, or newer versions.
+DB_SSL_CA, a file of certificate authorities with which MySQL's certificate is verified.
+Needs Linux or macOS, Python 3.9, Redis 6.2, MySQL 5.7.20 or MariaDB 10.1, or newer
+versions, the packages in requirements.txt, and the table in seed.sql.
 """
 
 import functools
@@ -61,14 +57,15 @@ REDIS_TIMEOUT = 0.2  # the longest wait for the next data from Redis
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for the next data from MySQL, in whole seconds
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
-LOCK_TTL = 2 * MYSQL_TIMEOUT  # after this time, another caller may load and store
-MAX_WAIT = 3 * MYSQL_TIMEOUT  # how long callers wait for the one that has the lock
-POLL_EVERY = 0.05  # the pause before they look for its result again
+LOCK_TTL = 2 * MYSQL_TIMEOUT  # enough to get a connection and to run the query
+# Callers wait for the one that has the lock: longer than LOCK_TTL, in case it has died.
+MAX_WAIT = 3 * MYSQL_TIMEOUT
+POLL_EVERY = 0.05  # how long they sleep before they look for its result again
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
 MISS = object()  # what a look-up returns if the key is not in Redis
-NO_ROW = {"absent": ""}  # the hash for "no such row". A row has JSON in each field.
-# The errors of redis-py. A RedisClusterException is not a RedisError.
+NO_ROW = {"absent": ""}  # the hash for "no such row". In a row, no field is empty.
+# All errors of redis-py. A RedisClusterException is not a RedisError.
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
 
 log = logging.getLogger(__name__)
@@ -197,15 +194,12 @@ def cache_aside(key, read, load, store):
     """
     result, lock = MISS, None
     try:
-        try:
-            result = look_up(key, read)
-            if result is MISS:
-                result, lock = lock_or_wait(key, read)
-            if lock:
-                result = look_up(key, read)  # another caller may have stored it before
-        except REDIS_ERRORS as error:
-            handle_redis_error(error)
-        # From here on, errors of Redis are logged, and not raised.
+        result, lock = look_up_or_lock(key, read)
+        if lock:
+            result = look_up(key, read)  # another caller may just have stored it
+    except REDIS_ERRORS as error:  # load() is not in this try, so its errors are raised
+        handle_redis_error(error)
+    try:
         if result is MISS:
             result = load()
             if lock:
@@ -216,35 +210,42 @@ def cache_aside(key, read, load, store):
             release(lock)
 
 
-def lock_name(key):
-    """Return the key of the lock: lock:{planet:1}
+def look_up_or_lock(key, read):
+    """Return (result, None) on a hit. After a miss, return (MISS, lock) to one caller.
 
-    In a cluster, a transaction needs both keys on one node. The braces make Redis choose
-    the node of planet:1. They end at the first }, so a key must not contain one.
-    """
-    if "}" in key:
-        raise ValueError(f"a key must not contain a }}: {key}")
-    return f"lock:{{{key}}}"
-
-
-def lock_or_wait(key, read):
-    """After a miss, return (MISS, lock) to one caller, and (result, None) to the others.
-
-    The caller that gets the lock loads and stores. The others wait until its result is in
-    Redis. If its load fails, the next caller gets the lock. If its process dies, or if the
-    reply that gave it the lock is lost, the others wait until the lock expires, after
-    LOCK_TTL. A caller that has waited for MAX_WAIT, or sees that Redis has failed, gets
-    (MISS, None): it loads, and does not store.
+    That caller loads. The others wait until its result is in Redis. If its load fails, the
+    next one gets the lock. If its process dies, or if the reply that gave it the lock is
+    late, the lock expires after LOCK_TTL. A caller that has waited for MAX_WAIT, or sees
+    that Redis is paused, gets (MISS, None): it loads, and does not store.
     """
     deadline = time.monotonic() + MAX_WAIT
     while not redis_is_paused() and time.monotonic() < deadline:
+        result = look_up(key, read)
+        if result is not MISS:
+            return result, None
         lock = redis_client().lock(lock_name(key), timeout=LOCK_TTL)
         if lock.acquire(blocking=False):
             return MISS, lock
         time.sleep(POLL_EVERY)
-        if (result := look_up(key, read)) is not MISS:
-            return result, None
     return MISS, None
+
+
+def look_up(key, read):
+    """Return the result that is in Redis, or MISS. Delete a value that cannot be read."""
+    client = redis_client()
+    try:
+        result = read(client)
+    except Exception as error:
+        # WRONGTYPE: the key holds another type, such as a list.
+        if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
+            raise
+        # Only the type of the error is logged, because its text can quote the value.
+        warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
+        client.delete(key)
+        return MISS
+    if result is not MISS:
+        log.debug("hit: %s", key)
+    return result
 
 
 def store_if_locked(lock, store, result):
@@ -259,27 +260,27 @@ def store_if_locked(lock, store, result):
                                      invalidate: DELETE the key and the lock
         the lock is lost: do not store
     """
-    # The look-up under the lock may have failed. Then another result may be in Redis, and
-    # HSET would mix the two.
-    if redis_is_paused():
-        return
     try:
         with lock.redis.pipeline(transaction=True) as pipe:
-            # If a save deletes the lock before watch(), owned() returns False. If it
-            # deletes the lock later, execute() fails.
-            pipe.watch(lock.name)  # Redis receives this at once
+            # If the lock is lost before watch(), owned() returns False, because it asks
+            # Redis. If it is lost later, execute() raises a WatchError.
+            pipe.watch(lock.name)
             if lock.owned():
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them all out together, or none
+    except redis.WatchError:
+        pass  # the lock was lost
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
 
 def release(lock):
-    """Delete the lock. If that fails, it will expire."""
+    """Delete the lock, if this caller still has it."""
     try:
         lock.release()
+    except LockError:
+        pass  # the lock was lost
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
@@ -290,35 +291,23 @@ def invalidate(key):
         redis_client().delete(key, lock_name(key))
     except REDIS_ERRORS as error:
         warn("a key in Redis may stay old until it expires", error)
-        pause_redis()  # so that save_planet does not return the old record
+        pause_redis()  # so that save_planet reads the new record from MySQL
 
 
-def look_up(key, read):
-    """Return the result that is in Redis, or MISS. Delete a value that cannot be read."""
-    if redis_is_paused():
-        return MISS
-    client = redis_client()
-    try:
-        result = read(client)
-    except Exception as error:
-        # WRONGTYPE: the key holds another type, such as a list. With any other error of
-        # redis-py, Redis failed.
-        if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
-            raise
-        # Only the type of the error is logged, because its text can quote the value.
-        warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
-        client.delete(key)
-        return MISS
-    if result is not MISS:
-        log.debug("hit: %s", key)
-    return result
+def lock_name(key):
+    """Return the key of the lock: lock:{planet:1}
+
+    In a cluster, a transaction needs both keys on one node. The braces make Redis choose
+    the node of planet:1. They end at the first }, so a key must not contain one.
+    """
+    if "}" in key:
+        raise ValueError(f"a key must not contain a }}: {key}")
+    return f"lock:{{{key}}}"
 
 
 # ---- Serialization: JSON, because unpickling a value could run code
 
-# The types that JSON lacks: how a value is written, and how it is read. In fetch, a whole
-# column becomes one JSON object, because many rows are then read twice as fast as with an
-# object for each value.
+# The types that JSON lacks: how a value is converted for JSON, and how it is restored.
 CODECS = {
     "Decimal": (str, Decimal),
     "datetime": (datetime.isoformat, datetime.fromisoformat),
@@ -329,43 +318,43 @@ CODECS = {
 
 
 def encode(value):
-    """Decimal("1.50") -> {"Decimal": "1.50"}, for each type in CODECS."""
+    """Decimal("1.50") -> {"Decimal": "1.50"}"""
     name = type(value).__name__
-    return {name: CODECS[name][0](value)}
+    convert, _ = CODECS[name]
+    return {name: convert(value)}
 
 
 def encode_column(values):
     """[Decimal("1.50"), Decimal("2")] -> {"Decimal": ["1.50", "2"]}
 
-    A column of several types is returned as it is, and encode is called for each value.
+    A column with several types is returned as it is. The encoder then calls encode.
     """
-    name = type(values[0]).__name__
-    if name in CODECS and all(type(value).__name__ == name for value in values):
-        return {name: list(map(CODECS[name][0], values))}
-    return values
+    name, *others = {type(value).__name__ for value in values}
+    if others or name not in CODECS:
+        return values
+    convert, _ = CODECS[name]
+    return {name: list(map(convert, values))}
 
 
-def decode(pairs):
-    """{"Decimal": "1.50"} -> Decimal("1.50"), and the same for the list of a column."""
-    [(name, stored)] = pairs  # exactly one pair
-    convert = CODECS[name][1]
-    return list(map(convert, stored)) if isinstance(stored, list) else convert(stored)
+def decode(encoded):
+    """Undo encode and encode_column."""
+    [(name, stored)] = encoded.items()
+    _, restore = CODECS[name]
+    if isinstance(stored, list):
+        return list(map(restore, stored))
+    return restore(stored)
 
 
 to_json = json.JSONEncoder(default=encode, separators=(",", ":")).encode
-decoder = json.JSONDecoder(object_pairs_hook=decode)
+from_json = json.JSONDecoder(object_hook=decode).decode
 
 
-def from_json(text):
-    # With decoder.decode(), which looks for spaces, a hit would take 3 to 4 % longer.
-    value, end = decoder.raw_decode(text)
-    if end < len(text):
-        raise ValueError("there is more than one value")
-    return value
+# Rows are stored as columns, so that the type of a column is stored and looked up once. If
+# each value had its type beside it, reading 10,000 rows would take twice as long.
 
 
 def rows_to_json(rows):
-    """Return the names, then the columns: [["id","name"],[[1,2],["Mercury","Venus"]]]"""
+    """[{"id": 1, "name": "Mercury"}] -> [["id","name"],[[1],["Mercury"]]]"""
     names = list(rows[0]) if rows else []
     columns = zip(*(row.values() for row in rows))
     return to_json([names, list(map(encode_column, columns))])
@@ -378,14 +367,14 @@ def rows_from_json(text):
 
 # ---- Redis
 
-# The errors after which Redis is not used for REDIS_PAUSE.
+# After these errors, Redis is not used for REDIS_PAUSE. Any other error means that Redis has
+# refused a command, for example because it is full. It still serves hits then.
 PAUSING_ERRORS = (
     redis.ConnectionError,
     redis.TimeoutError,
     redis.RedisClusterException,
     ClusterDownError,
 )
-
 REDIS_OPTIONS = {
     "url": os.environ["REDIS_URL"],
     "decode_responses": True,
@@ -424,8 +413,8 @@ def redis_is_paused():
 def pause_redis():
     """Do not use Redis for REDIS_PAUSE, and then connect again.
 
-    A save, and a caller that releases its lock, use Redis even in a pause. If that fails,
-    the pause does not become longer: many saves would then keep Redis out of use.
+    Saves, and callers that have a lock, use Redis even in a pause. A failure in a pause does
+    not make it longer: if it did, frequent saves could keep Redis out of use.
     """
     global paused_until
     if not redis_is_paused():
@@ -434,18 +423,8 @@ def pause_redis():
 
 
 def handle_redis_error(error):
-    """Log a warning, and pause if Redis is out of reach.
-
-    If Redis only refuses a command, because it is full for example, it still serves hits.
-    """
-    # If a save has deleted the lock, or if it has expired, Redis has not failed. (redis-py
-    # also raises a WatchError if it loses the connection, but with another text.)
-    if isinstance(error, LockError) or "Watched variable changed" in str(error):
-        return
-    # The text may quote the command, with its data: redis-py before "caused error: ", and
-    # Redis after ", with args".
-    reason = str(error).split("caused error: ")[-1].split(", with args")[0]
-    warn("an error of Redis", reason)
+    """Log a warning, and pause if Redis is out of reach."""
+    warn(f"Redis failed with a {type(error).__name__}", error)
     if isinstance(error, PAUSING_ERRORS):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
@@ -457,7 +436,10 @@ def warn(problem, reason):
     now = time.monotonic()
     if problem not in warned_at or now - warned_at[problem] >= WARN_EVERY:
         warned_at[problem] = now
-        log.warning("%s: %s", problem, reason)
+        # The text of an error may quote the command, with its data: redis-py does so before
+        # "caused error: ", and Redis after ", with args".
+        text = str(reason).split("caused error: ")[-1].split(", with args")[0]
+        log.warning("%s: %s", problem, text)
 
 
 # ---- MySQL
@@ -534,8 +516,8 @@ def query(sql, args=None):
     """Return the rows of a query from MySQL as a list of dicts. Raises pymysql.Error."""
     with mysql_connection() as connection:
         cursor = execute(connection, sql, args)
-        # A statement that returns no table, such as SET, may have made the session
-        # writable. This error closes the connection.
+        # A statement that returns no rows, such as SET, may have made the session writable.
+        # After this error, mysql_connection closes the connection.
         if not cursor.description:
             raise pymysql.ProgrammingError(f"not a query: {sql}")
         return list(cursor.fetchall())
@@ -544,12 +526,11 @@ def query(sql, args=None):
 def write(sql, args=None):
     """Run one statement that changes data, and commit. Raises pymysql.Error.
 
-    Returns the id of a new row (AUTO_INCREMENT), or None. The key of the new row may hold
-    "no such row", so invalidate it.
+    Then invalidate the keys of the rows that it changes or inserts.
     """
     with mysql_connection() as connection:
         connection.query("SET TRANSACTION READ WRITE")  # for the next statement only
-        return execute(connection, sql, args).lastrowid or None
+        execute(connection, sql, args)
 
 
 def execute(connection, sql, args):

@@ -4,6 +4,7 @@ import contextlib
 import time
 
 import pytest
+import redis
 from conftest import servers
 from tools import MERCURY, Sent, Worker, begin, outcomes, selects, start_crowd
 
@@ -99,11 +100,20 @@ def test_a_waiting_caller_does_not_wait_for_a_redis_that_has_failed(example, cac
     assert call.result(1) == MERCURY
 
 
-def test_a_caller_does_not_store_in_a_pause(example, cache):
-    query = example.query
-    example.query = lambda *args: (query(*args), example.pause_redis())[0]
+def test_a_caller_whose_second_look_fails_releases_the_lock(example, cache):
+    look_up = example.look_up
+
+    def first(*args):
+        example.look_up = second
+        return look_up(*args)
+
+    def second(*args):
+        raise redis.TimeoutError
+
+    example.look_up = first
     assert example.planet(1) == MERCURY
-    assert not cache.keys()
+    assert example.redis_is_paused()
+    assert not cache.exists("lock:{planet:1}")
 
 
 def test_after_max_wait_a_caller_loads_without_the_lock(example, cache):
