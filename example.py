@@ -526,11 +526,12 @@ def query(sql, args=None):
 def write(sql, args=None):
     """Run one statement that changes data, and commit. Raises pymysql.Error.
 
-    Then invalidate the keys of the rows that it changes or inserts.
+    Returns the id of a new row (AUTO_INCREMENT), or None. After it, invalidate the keys of
+    the rows that it has changed or inserted.
     """
     with mysql_connection() as connection:
         connection.query("SET TRANSACTION READ WRITE")  # for the next statement only
-        execute(connection, sql, args)
+        return execute(connection, sql, args).lastrowid or None
 
 
 def execute(connection, sql, args):
