@@ -55,7 +55,7 @@ def sessions():
     return found
 
 
-@pytest.mark.parametrize("session", sessions(), ids=["plain", "fetch", "record"])
+@pytest.mark.parametrize("session", sessions(), ids=["plain", "real"])
 def test_a_python_session_prints_what_it_shows(session, db, cache, tmp_path):
     file = tmp_path / "session.txt"
     file.write_text(re.sub(r"\d+\.\d\d ms", "... ms", session))
