@@ -538,7 +538,8 @@ def execute(connection, sql, args):
     cursor = connection.cursor()
     start = time.perf_counter()
     cursor.execute(sql, args)
-    log.debug("MySQL, %.2f ms: %s", 1000 * (time.perf_counter() - start), sql)
+    milliseconds = 1000 * (time.perf_counter() - start)
+    log.debug("MySQL, %.2f ms: %s", milliseconds, fetch_key(sql, args))
     return cursor
 
 
