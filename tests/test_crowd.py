@@ -87,9 +87,13 @@ def test_waiting_callers_that_find_a_value_they_cannot_read_make_one_query(
 
 
 def test_a_caller_that_gets_the_lock_looks_again(example, cache):
-    lock_name, planted = example.lock_name, {"id": "1", "name": '"Planted"'}
-    example.lock_name = lambda key: cache.hset(key, mapping=planted) and lock_name(key)
+    look_up, planted = example.look_up, {"id": "1", "name": '"Planted"'}
+    example.look_up = lambda *args: (
+        look_up(*args),
+        cache.hset("planet:1", mapping=planted),
+    )[0]
     assert example.planet(1) == {"id": 1, "name": "Planted"}
+    assert cache.keys() == [b"planet:1"]  # the lock is gone
 
 
 def test_a_waiting_caller_does_not_wait_for_a_redis_that_has_failed(example, cache):
@@ -116,12 +120,21 @@ def test_a_caller_whose_second_look_fails_releases_the_lock(example, cache):
     assert not cache.exists("lock:{planet:1}")
 
 
+def test_a_caller_does_not_store_in_a_pause(example, cache):
+    query = example.query
+    example.query = lambda *args: (query(*args), example.pause_redis())[0]
+    assert example.planet(1) == MERCURY
+    assert not cache.keys()
+
+
 def test_after_max_wait_a_caller_loads_without_the_lock(example, cache):
     example.MAX_WAIT = 0.5
     cache.set("lock:{planet:1}", "of another process", px=3000)
     start = time.monotonic()
-    assert example.planet(1) == MERCURY
+    with Sent(cache) as waiting:
+        assert example.planet(1) == MERCURY
     assert 0.4 < time.monotonic() - start < 2
+    assert 2 <= waiting.commands.count("HGETALL") < 15  # it sleeps between two looks
     assert cache.keys() == [b"lock:{planet:1}"]
 
 

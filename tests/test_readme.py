@@ -131,6 +131,9 @@ def test_commands_print_what_they_show(terminal):
 def test_quoted_code_stands_word_for_word_in_the_program():
     quoted = blocks("python")
     assert len(quoted) >= 6
+    # The seven lines stand at the top of the page and in the first session.
+    typed = "\n... ".join(blocks("py")[0].splitlines())
+    assert f">>> {typed}\n...\n" in sessions()[0]
     for text in quoted:
         assert f"\n\n{text}\n\n" in PROGRAM, text  # from the first line to the last
 
