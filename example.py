@@ -7,33 +7,35 @@ the result from MySQL and store it in Redis for TTL seconds.
 This is what the code adds to the seven-line version, and where it does so:
 - If many callers miss the same key, one loads and the others wait (look_up_or_lock).
 - A slow reader does not undo a save (store_if_locked).
-- If Redis fails, calls query MySQL instead (handle_redis_error).
+- If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
+  most once a minute for each kind of error, without data or passwords (warn).
 - A value that cannot be read is replaced, and a warning is logged (look_up).
-- A hit returns what the miss returned, in values and types. It takes hardly longer than
-  the bare Redis call, also for thousands of rows (Serialization).
+- A hit returns what the miss returned, in values and types (encode). It takes at most 10 %
+  longer than the bare Redis call (from_json). 10,000 rows come six times as fast as from
+  MySQL (encode_column). A value in Redis cannot run code.
 - Every key expires, even if a process dies between two commands (store_if_locked).
 - A process opens at most MAX_CONNECTIONS to MySQL, each used by one caller at a time. One
-  that MySQL has closed is replaced. Queries cannot write (MySQL).
+  that MySQL has closed is replaced (mysql_connection). A query cannot change data and does
+  not run for long. MySQL and MariaDB both enforce this (SESSION_SETTINGS).
+- Redis may be a single node, a cluster or a serverless cache (redis_client, lock_name).
+- A setting that is missing or cannot be used is named in one line (SettingError).
 
 Limits:
 - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
   save_planet or invalidate removes it. If Redis is out of reach then, or if the process
   dies first, others may return the old result, and store it, for one more TTL.
   save_planet does not remove what fetch has cached.
-- While Redis is out of reach or refuses to store, callers do not wait for one another.
-  MAX_CONNECTIONS then limits the queries in MySQL, and a call that gets no connection
-  within MYSQL_TIMEOUT raises an error.
+- While Redis is out of reach or refuses to store, callers do not wait for one another. A
+  call that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
 - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all
   keys for REDIS_PAUSE. A result of many MB can cause that.
-- If MySQL hangs, a miss waits for MAX_WAIT and up to five times for MYSQL_TIMEOUT, and
-  then raises an error.
-- Keys do not name the database: give each database a Redis of its own.
+- If MySQL hangs, a miss raises an error after MAX_WAIT + 5 * MYSQL_TIMEOUT, 40 s, at most.
+- Keys do not name the database: give each a Redis of its own.
 
-Environment: REDIS_URL (redis://, or rediss:// with TLS) of a single node, any node of a
-cluster or a serverless cache; DB_HOST, DB_USER, DB_PASS, DB_NAME. Optional: DB_PORT, and
-DB_SSL_CA, a file of certificate authorities with which MySQL's certificate is verified.
-Needs Linux or macOS, Python 3.9, Redis 6.2, MySQL 5.7.20 or MariaDB 10.1, or newer
-versions, the packages in requirements.txt, and the table in seed.sql.
+Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
+DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities, with which
+MySQL's certificate is then verified. Needs Linux or macOS, Python 3.9, Redis 6.2, MySQL
+5.7.20 or MariaDB 10.1, or newer versions, and the packages in requirements.txt.
 """
 
 import functools
@@ -50,7 +52,7 @@ from decimal import Decimal
 
 import pymysql
 import redis
-from redis.exceptions import ClusterDownError, LockError
+from redis.exceptions import ClusterDownError, LockError, NoPermissionError
 
 # All times are in seconds.
 TTL = 10  # how long Redis keeps a result
@@ -193,14 +195,7 @@ def cache_aside(key, read, load, store):
     read(client) returns the result that is in Redis, or MISS. load() returns the result
     from MySQL. store(pipe, result) stores it in Redis.
     """
-    result, lock = MISS, None
-    try:
-        result, lock = look_up_or_lock(key, read)
-        if lock:
-            result = look_up(key, read)  # another caller may just have stored it
-    except REDIS_ERRORS as error:
-        handle_redis_error(error)
-    # From here on, errors are raised: they are those of load().
+    result, lock = look_up_or_lock(key, read)
     try:
         if result is MISS:
             result = load()
@@ -213,24 +208,28 @@ def cache_aside(key, read, load, store):
 
 
 def look_up_or_lock(key, read):
-    """Return (result, None) on a hit. After a miss, return (MISS, lock) to one caller.
+    """Return the result that is in Redis, or MISS, and the lock of the key, or None.
 
-    That caller loads. The others wait until its result is in Redis. If its load fails, the
-    next one gets the lock. If its process dies, or if the reply that gave it the lock is
-    late, the lock expires after LOCK_TTL. A caller that has waited for MAX_WAIT, or sees
-    that Redis is paused, gets (MISS, None): it loads, and does not store.
+    After a miss, one caller gets the lock: it loads and stores. The others wait until its
+    result is in Redis. If its load fails, the next one gets the lock. If its process dies,
+    or if the reply that gave it the lock is late, the lock expires after LOCK_TTL. A caller
+    that has waited for MAX_WAIT, or that finds Redis out of reach, loads without a lock.
     """
-    name = lock_name(key)
+    name, lock = lock_name(key), None
     deadline = time.monotonic() + MAX_WAIT
-    while not redis_is_paused() and time.monotonic() < deadline:
-        result = look_up(key, read)
-        if result is not MISS:
-            return result, None
-        lock = redis_client().lock(name, timeout=LOCK_TTL)
-        if lock.acquire(blocking=False):
-            return MISS, lock
-        time.sleep(POLL_EVERY)
-    return MISS, None
+    try:
+        while not redis_is_paused() and time.monotonic() < deadline:
+            result = look_up(key, read)
+            if result is not MISS or lock:
+                return result, lock
+            new_lock = redis_client().lock(name, timeout=LOCK_TTL)
+            if new_lock.acquire(blocking=False):
+                lock = new_lock  # now look again: another caller may have stored it
+            else:
+                time.sleep(POLL_EVERY)
+    except REDIS_ERRORS as error:
+        handle_redis_error(error)
+    return MISS, lock
 
 
 def look_up(key, read):
@@ -273,7 +272,7 @@ def store_if_locked(lock, store, result):
                 store(pipe, result)
                 pipe.execute()  # Redis carries them all out together, or none
     except REDIS_ERRORS as error:
-        # This is the WatchError of a lost lock. After a lost connection, it has another text.
+        # A WatchError with this text means that the lock was lost, which is no failure.
         if "Watched variable changed" not in str(error):
             handle_redis_error(error)
 
@@ -411,9 +410,7 @@ def redis_client():
     redis-py lends a connection to one thread at a time, and makes new ones after a fork.
     """
     client = redis.Redis.from_url(**REDIS_OPTIONS)
-    with suppress(
-        redis.ResponseError
-    ):  # if INFO is refused, it is used as a single node
+    with suppress(NoPermissionError):  # a user without INFO can use only a single node
         if client.info("cluster").get("cluster_enabled"):
             client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
     return client
@@ -543,7 +540,8 @@ def write(sql, args=None):
     the rows that it has changed or inserted.
     """
     with mysql_connection() as connection:
-        connection.query("SET TRANSACTION READ WRITE")  # for the next statement only
+        # This is for the next transaction only, which is the one statement of this call.
+        connection.query("SET TRANSACTION READ WRITE")
         return execute(connection, sql, args).lastrowid or None
 
 
