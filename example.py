@@ -25,8 +25,8 @@ Limits:
   save_planet or invalidate removes it. If Redis is out of reach then, or if the process
   dies first, others may return the old result, and store it, for one more TTL.
   save_planet does not remove what fetch has cached.
-- While Redis is out of reach or refuses to store, callers do not wait for one another. A
-  call that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
+- While Redis is out of reach or full, callers do not wait for one another. A call that
+  gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
 - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all
   keys for REDIS_PAUSE. A result of many MB can cause that.
 - If MySQL hangs, a miss raises an error after MAX_WAIT + 5 * MYSQL_TIMEOUT, 40 s, at most.
@@ -537,8 +537,8 @@ def query(sql, args=None):
 def write(sql, args=None):
     """Run one statement that changes data, and commit. Raises pymysql.Error.
 
-    Returns the id of a new row (AUTO_INCREMENT), or None. After it, invalidate the keys of
-    the rows that it has changed or inserted.
+    Returns the id of a new row (AUTO_INCREMENT), or None. After it, even if it has raised an
+    error, invalidate the keys of the rows that it changes or inserts.
     """
     with mysql_connection() as connection:
         # This is for the next transaction only, which is the one statement of this call.
