@@ -30,11 +30,11 @@ Limits:
 - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all
   keys for REDIS_PAUSE. A result of many MB can cause that.
 - If MySQL hangs, a miss raises an error after MAX_WAIT + 5 * MYSQL_TIMEOUT, 40 s, at most.
-- Keys do not name the database: give each a Redis of its own.
+- Keys do not name the database: give each database a Redis of its own.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
-DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities, with which
-MySQL's certificate is then verified. Needs Linux or macOS, Python 3.9, Redis 6.2, MySQL
+DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities. Without it,
+MySQL's certificate is not verified. Needs Linux or macOS, Python 3.9, Redis 6.2, MySQL
 5.7.20 or MariaDB 10.1, or newer versions, and the packages in requirements.txt.
 """
 
@@ -75,8 +75,8 @@ log = logging.getLogger(__name__)
 
 # ---- Settings
 
-# If a setting is missing or cannot be used: python example.py prints one line and exits,
-# and import example raises a ValueError.
+# A setting that is missing or cannot be used ends the script with one line. If the module
+# is imported, it raises a ValueError instead.
 SettingError = SystemExit if __name__ == "__main__" else ValueError
 
 required = ["REDIS_URL", "DB_HOST", "DB_USER", "DB_PASS", "DB_NAME"]
