@@ -4,7 +4,7 @@ fetch(sql) caches the rows of a query, as a string. record(key, sql) caches one 
 hash, and planet(id) shows how to use it. Both look in Redis first. On a miss, they load
 the result from MySQL and store it in Redis for TTL seconds.
 
-This is what the code adds to the seven-line version, and where it does so:
+What the code adds to the seven-line version, and where:
 - If many callers miss the same key, one loads and the others wait (look_up_or_lock).
 - A slow reader does not undo a save (store_if_locked).
 - If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
@@ -16,26 +16,27 @@ This is what the code adds to the seven-line version, and where it does so:
 - Every key expires, even if a process dies between two commands (store_if_locked).
 - A process opens at most MAX_CONNECTIONS to MySQL, each used by one caller at a time. One
   that MySQL has closed is replaced (mysql_connection). A query cannot change data and does
-  not run for long. MySQL and MariaDB both enforce this (SESSION_SETTINGS).
+  not run for long, in MySQL either (connect_if_closed).
 - Redis may be a single node, a cluster or a serverless cache (redis_client, lock_name).
 - A setting that is missing or cannot be used is named in one line (SettingError).
 
 Limits:
 - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
-  save_planet or invalidate removes it. If Redis is out of reach then, or if the process
-  dies first, others may return the old result, and store it, for one more TTL.
-  save_planet does not remove what fetch has cached.
+  save_planet or invalidate removes it. If Redis is out of reach then, if the process dies
+  first, or if MySQL commits after its error has reached the caller, an old result may stay
+  for up to two TTLs. save_planet does not remove what fetch has cached.
 - While Redis is out of reach or full, callers do not wait for one another. A call that
   gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
 - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all
   keys for REDIS_PAUSE. A result of many MB can cause that.
-- If MySQL hangs, a miss raises an error after MAX_WAIT + 5 * MYSQL_TIMEOUT, 40 s, at most.
+- If MySQL hangs, a miss raises an error after MAX_WAIT and a few MYSQL_TIMEOUT at most.
 - Keys do not name the database: give each database a Redis of its own.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
 DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities. Without it,
-MySQL's certificate is not verified. Needs Linux or macOS, Python 3.9, Redis 6.2, MySQL
-5.7.20 or MariaDB 10.1, or newer versions, and the packages in requirements.txt.
+the connection is encrypted only if MySQL offers it, and its certificate is not verified.
+Needs Linux or macOS, Python 3.9, Redis 6.2, MySQL 5.7.20 or MariaDB 10.1, or newer versions,
+and the packages in requirements.txt.
 """
 
 import functools
@@ -60,16 +61,24 @@ REDIS_TIMEOUT = 0.2  # the longest wait for the next data from Redis
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for the next data from MySQL, in whole seconds
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
-LOCK_TTL = 2 * MYSQL_TIMEOUT  # a caller that loads for longer than this does not store
-# Callers wait for the one that has the lock: longer than LOCK_TTL, in case it has died.
+LOCK_TTL = 2 * MYSQL_TIMEOUT  # a lock expires after this; a slower load is not stored
+# How long callers wait for the one that loads. This is longer than LOCK_TTL, because the
+# process that loads may have died.
 MAX_WAIT = 3 * MYSQL_TIMEOUT
 POLL_EVERY = 0.05  # how long they sleep before they look for its result again
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
 MISS = object()  # what a look-up returns if the key is not in Redis
-NO_ROW = {"absent": ""}  # the hash for "no such row". In a row, no field is empty.
-# All errors of redis-py. A RedisClusterException is not a RedisError.
+# All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
+# After these, Redis is not used for REDIS_PAUSE. After any other error, it still is, because
+# a Redis that refuses a command, for example because it is full, still serves hits.
+PAUSING_ERRORS = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.RedisClusterException,
+    ClusterDownError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +116,10 @@ def fetch(sql, args=None, ttl=None):
         pipe.setex(key, ttl, rows_to_json(rows))
 
     return cache_aside(key, read, load, store)
+
+
+# The hash for "no such row". No row has such a field, because JSON is never empty.
+NO_ROW = {"absent": ""}
 
 
 def record(key, sql, args=None, ttl=None):
@@ -152,12 +165,10 @@ def planet(id):
 def save_planet(id, name):
     """Insert or rename a planet in MySQL, and return the new record.
 
-    Raises ValueError if no planet can have this id. Raises pymysql.Error if MySQL
-    fails. The planet may be saved nevertheless, and Redis may keep the old record.
+    id: as for planet. Raises pymysql.Error if MySQL fails. The planet may be saved
+    nevertheless.
     """
     id = int(str(id))
-    if not 0 < id < 2**32:  # INT UNSIGNED AUTO_INCREMENT: 0 would become another id
-        raise ValueError(f"not the id of a planet: {id}")
     sql = "INSERT INTO planet SET id = %s, name = %s ON DUPLICATE KEY UPDATE name = %s"
     try:
         write(sql, (id, name, name))
@@ -200,6 +211,7 @@ def cache_aside(key, read, load, store):
     try:
         if result is MISS:
             result = load()
+            # In a pause, invalidate may have failed to delete the lock of an old result.
             if lock and not redis_is_paused():
                 store_if_locked(lock, store, result)
         return result
@@ -216,22 +228,27 @@ def look_up_or_lock(key, read):
     or if the reply that gave it the lock is late, the lock expires after LOCK_TTL. A caller
     that has waited for MAX_WAIT, or that finds Redis out of reach, loads without a lock.
     """
-    name = lock_name(key)
     lock = None
     deadline = time.monotonic() + MAX_WAIT
     try:
         while not redis_is_paused() and time.monotonic() < deadline:
             result = look_up(key, read)
-            if result is not MISS or lock:  # a hit, or the second look, under the lock
-                return result, lock
-            new_lock = redis_client().lock(name, timeout=LOCK_TTL)
-            if new_lock.acquire(blocking=False):
-                lock = new_lock  # look again: another caller may just have stored it
-            else:
-                time.sleep(POLL_EVERY)
+            if result is not MISS:
+                return result, None
+            lock = take_lock(key)
+            if lock:
+                # Look again: another caller may have stored the result after the first look.
+                return look_up(key, read), lock
+            time.sleep(POLL_EVERY)
     except REDIS_ERRORS as error:
         handle_redis_error(error)
     return MISS, lock
+
+
+def take_lock(key):
+    """Return the lock of the key, or None if another caller has it."""
+    lock = redis_client().lock(lock_name(key), timeout=LOCK_TTL)
+    return lock if lock.acquire(blocking=False) else None
 
 
 def look_up(key, read):
@@ -266,16 +283,17 @@ def store_if_locked(lock, store, result):
     """
     try:
         with lock.redis.pipeline(transaction=True) as pipe:
-            pipe.watch(lock.name)  # if the lock is lost after this, execute() fails
-            if lock.owned():  # if it was lost before, this is False
+            # If the lock was lost before WATCH, owned() is False. If it is lost after it,
+            # execute() raises a WatchError.
+            pipe.watch(lock.name)
+            if lock.owned():
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
-                pipe.execute()  # Redis carries them all out together, or none
+                pipe.execute()  # Redis carries them out together
+    except redis.WatchError:
+        pass
     except REDIS_ERRORS as error:
-        # This text means that the lock was lost, which is no failure. (redis-py raises the
-        # same WatchError, with another text, if the connection is lost.)
-        if "Watched variable changed" not in str(error):
-            handle_redis_error(error)
+        handle_redis_error(error)
 
 
 def release(lock):
@@ -305,7 +323,7 @@ def lock_name(key):
     """
     if "}" in key:
         raise ValueError(f"a key must not contain a }}: {key}")
-    return f"lock:{{{key}}}"
+    return "lock:{" + key + "}"
 
 
 # ---- Serialization: JSON, because unpickling a value could run code
@@ -332,8 +350,9 @@ def encode_column(values):
 
     A column with several types is returned as it is. The encoder then calls encode.
     """
-    name, *others = {type(value).__name__ for value in values}  # without repetitions
-    if others or name not in CODECS:
+    names = {type(value).__name__ for value in values}
+    name = names.pop()
+    if names or name not in CODECS:  # if others are left, there are several types
         return values
     convert, _ = CODECS[name]
     return {name: list(map(convert, values))}
@@ -341,7 +360,9 @@ def encode_column(values):
 
 def decode(encoded):
     """Undo encode and encode_column."""
-    [(name, stored)] = encoded.items()  # exactly one; otherwise this is a ValueError
+    name, stored = encoded.popitem()
+    if encoded:
+        raise ValueError("there is more than one type")
     _, restore = CODECS[name]
     if isinstance(stored, list):  # a column
         return list(map(restore, stored))
@@ -367,25 +388,18 @@ def from_json(text):
 def rows_to_json(rows):
     """[{"id": 1, "name": "Mercury"}] -> [["id","name"],[[1],["Mercury"]]]"""
     names = list(rows[0]) if rows else []
-    columns = zip(*(row.values() for row in rows))
-    return to_json([names, list(map(encode_column, columns))])
+    columns = [encode_column([row[name] for row in rows]) for name in names]
+    return to_json([names, columns])
 
 
 def rows_from_json(text):
     names, columns = from_json(text)
-    return [dict(zip(names, row)) for row in zip(*columns)]
+    rows = zip(*columns)  # without the names
+    return [dict(zip(names, row)) for row in rows]
 
 
 # ---- Redis
 
-# After these errors, Redis is not used for REDIS_PAUSE. After any other error, it still is,
-# because a Redis that refuses a command, for example because it is full, still serves hits.
-PAUSING_ERRORS = (
-    redis.ConnectionError,
-    redis.TimeoutError,
-    redis.RedisClusterException,
-    ClusterDownError,
-)
 REDIS_OPTIONS = {
     "url": os.environ["REDIS_URL"],
     "decode_responses": True,
@@ -455,13 +469,6 @@ def warn(problem, reason):
 
 # ---- MySQL
 
-# The session is read-only. A SELECT ends after MYSQL_TIMEOUT in MySQL, too, and a wait for
-# a lock after 2 seconds. MySQL and MariaDB name these settings differently: each reads its
-# own line, and the other line is a comment for it.
-SESSION_SETTINGS = f"""SET SESSION
-    /*!50720 transaction_read_only = 1, max_execution_time = {MYSQL_TIMEOUT * 1000}, */
-    /*M!100101 tx_read_only = 1, max_statement_time = {MYSQL_TIMEOUT}, */
-    innodb_lock_wait_timeout = 2, lock_wait_timeout = 2"""
 port = os.environ.get("DB_PORT") or "3306"
 if not (port.isdecimal() and 0 < int(port) < 65536):
     raise SettingError(f"DB_PORT is not a port number: {port!r}")
@@ -474,7 +481,6 @@ MYSQL_OPTIONS = {
     "cursorclass": pymysql.cursors.DictCursor,
     # Without it, a connection stays in its first transaction and sees no later change.
     "autocommit": True,
-    "init_command": SESSION_SETTINGS,
     "connect_timeout": MYSQL_TIMEOUT,
     "read_timeout": MYSQL_TIMEOUT,
     "write_timeout": MYSQL_TIMEOUT,
@@ -521,6 +527,15 @@ def connect_if_closed(connection):
         connection.ping(reconnect=False)
     except pymysql.Error:  # it is not open yet, or MySQL has closed it
         connection.connect()
+        # MySQL itself ends a query after MYSQL_TIMEOUT, and a wait for a lock before that.
+        if "MariaDB" in connection.get_server_info():
+            limit = f"max_statement_time = {MYSQL_TIMEOUT}"
+        else:
+            limit = f"max_execution_time = {MYSQL_TIMEOUT * 1000}"
+        connection.query(
+            f"SET SESSION {limit}, innodb_lock_wait_timeout = 2, lock_wait_timeout = 2"
+        )
+        connection.query("SET SESSION TRANSACTION READ ONLY")
 
 
 def query(sql, args=None):
@@ -537,8 +552,8 @@ def query(sql, args=None):
 def write(sql, args=None):
     """Run one statement that changes data, and commit. Raises pymysql.Error.
 
-    Returns the id of a new row (AUTO_INCREMENT), or None. After it, even if it has raised an
-    error, invalidate the keys of the rows that it changes or inserts.
+    Returns the id of a new row (AUTO_INCREMENT), or None. After it, even if it has raised
+    an error, invalidate the keys of the rows that it changes or inserts.
     """
     with mysql_connection() as connection:
         # This is for the next transaction only, which is the one statement of this call.

@@ -354,16 +354,6 @@ def test_a_value_that_cannot_be_read_is_a_miss_is_replaced_and_is_reported(
     assert not any(word in warning for word in ("Mercu", "Planted", "exit"))
 
 
-def test_a_connection_lost_before_exec_is_reported(example, cache, caplog):
-    rows_to_json = example.rows_to_json
-    kill = lambda: cache.client_kill_filter(_type="normal", skipme=True)
-    example.rows_to_json = lambda rows: (rows_to_json(rows), kill())[0]
-    assert example.fetch("SELECT 1 AS x") == [{"x": 1}]
-    (warning,) = warnings(caplog, example)
-    assert "while watching" in warning
-    assert not cache.keys()  # the lock is gone
-
-
 def test_a_mistake_in_a_decoder_or_a_key_is_reported(example, cache, caplog):
     example.planet(1)
     example.from_json = lambda text: text.no_such_method()
@@ -397,7 +387,7 @@ def shorten_timeouts(module):
     for name in "connect_timeout", "read_timeout", "write_timeout":
         assert options[name] == module.MYSQL_TIMEOUT == 5
         options[name] = 0.5
-    options["init_command"] = options["init_command"].replace("_time = 5", "_time = 1")
+    module.MYSQL_TIMEOUT = 1
     module.fill_pool()
 
 
@@ -444,13 +434,13 @@ def test_callers_that_miss_while_mysql_hangs_get_its_error_within_seconds(
 ):
     shorten_timeouts(module)
     assert module.MAX_WAIT == 15
-    module.MAX_WAIT = module.MYSQL_TIMEOUT = 0.5
+    module.MAX_WAIT = 0.5
     is_right(module)
     breakable_mysql.pause()
     assert 0.4 < failed_miss(module, 2) < 1.4  # the idle connection, then a new one
     assert 0.4 < failed_miss(module, 2) < 0.9  # a new connection only
     calls = [begin(failed_miss, module, 2) for _ in range(25)]
-    assert max(call.result(30) for call in calls) < 2  # MAX_WAIT and three timeouts
+    assert max(call.result(30) for call in calls) < 2.5  # MAX_WAIT and three timeouts
     assert is_right(module) < 0.4
     breakable_mysql.resume()
     assert module.planet(2) == VENUS
