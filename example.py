@@ -24,7 +24,7 @@ Limits:
 - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
   save_planet or invalidate removes it. If Redis is out of reach then, if the process dies
   first, or if MySQL commits after its error has reached the caller, an old result may stay
-  for up to two TTLs. save_planet does not remove what fetch has cached.
+  for up to LOCK_TTL + TTL. save_planet does not remove what fetch has cached.
 - While Redis is out of reach or full, callers do not wait for one another. A call that
   gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
 - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all
@@ -53,7 +53,7 @@ from decimal import Decimal
 
 import pymysql
 import redis
-from redis.exceptions import ClusterDownError, LockError, NoPermissionError
+from redis.exceptions import ClusterDownError, LockError
 
 # All times are in seconds.
 TTL = 10  # how long Redis keeps a result
@@ -425,7 +425,7 @@ def redis_client():
     redis-py lends a connection to one thread at a time, and makes new ones after a fork.
     """
     client = redis.Redis.from_url(**REDIS_OPTIONS)
-    with suppress(NoPermissionError):  # a user without INFO can use only a single node
+    with suppress(redis.ResponseError):  # without INFO, only a single node can be used
         if client.info("cluster").get("cluster_enabled"):
             client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
     return client
