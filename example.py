@@ -62,8 +62,8 @@ REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for the next data from MySQL, in whole seconds
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
 LOCK_TTL = 2 * MYSQL_TIMEOUT  # a lock expires after this; a slower load is not stored
-# How long callers wait for the one that loads. This is longer than LOCK_TTL, because the
-# process that loads may have died.
+# How long callers wait for the one that loads: longer than LOCK_TTL, so that one of them can
+# take over from a process that has died.
 MAX_WAIT = 3 * MYSQL_TIMEOUT
 POLL_EVERY = 0.05  # how long they sleep before they look for its result again
 WARN_EVERY = 60  # the same warning is not repeated within this time
@@ -211,7 +211,7 @@ def cache_aside(key, read, load, store):
     try:
         if result is MISS:
             result = load()
-            # In a pause, invalidate may have failed to delete the lock of an old result.
+            # In a pause, a save may have failed to delete the lock, so the result may be old.
             if lock and not redis_is_paused():
                 store_if_locked(lock, store, result)
         return result
@@ -346,16 +346,16 @@ def encode(value):
 
 
 def encode_column(values):
-    """[Decimal("1.50"), Decimal("2")] -> {"Decimal": ["1.50", "2"]}
+    """[Decimal("1.50"), None] -> {"Decimal": ["1.50", None]}
 
     A column with several types is returned as it is. The encoder then calls encode.
     """
-    names = {type(value).__name__ for value in values}
-    name = names.pop()
-    if names or name not in CODECS:  # if others are left, there are several types
+    names = {type(value).__name__ for value in values} - {"NoneType"}
+    name = names.pop() if len(names) == 1 else None
+    if name not in CODECS:
         return values
     convert, _ = CODECS[name]
-    return {name: list(map(convert, values))}
+    return {name: [None if value is None else convert(value) for value in values]}
 
 
 def decode(encoded):
@@ -365,7 +365,7 @@ def decode(encoded):
         raise ValueError("there is more than one type")
     _, restore = CODECS[name]
     if isinstance(stored, list):  # a column
-        return list(map(restore, stored))
+        return [None if value is None else restore(value) for value in stored]
     return restore(stored)
 
 

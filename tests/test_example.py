@@ -100,6 +100,11 @@ def test_fetch_keeps_a_string_under_the_text_of_the_query(example, cache):
     assert 0 < cache.pttl(sql) <= 10_000
 
 
+def test_the_type_of_a_column_is_stored_once_even_with_nulls(example):
+    text = example.rows_to_json([{"a": Decimal("1.5")}, {"a": None}])
+    assert text == '[["a"],[{"Decimal":["1.5",null]}]]'
+
+
 def test_planet_keeps_a_hash_under_its_id(example, cache):
     assert example.planet(1) == MERCURY
     assert cache.hgetall("planet:1") == {b"id": b"1", b"name": b'"Mercury"'}
