@@ -4,7 +4,7 @@ fetch(sql) caches the rows of a query, as a string. record(key, sql) caches one 
 hash, and planet(id) shows how to use it. Both look in Redis first. On a miss, they load
 the result from MySQL and store it in Redis for TTL seconds.
 
-What the code adds to the seven-line version, and where:
+What it adds to the seven-line version, and where:
 - If many callers miss the same key, one loads and the others wait (look_up_or_lock).
 - A slow reader does not undo a save (store_if_locked).
 - If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
@@ -22,21 +22,21 @@ What the code adds to the seven-line version, and where:
 
 Limits:
 - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
-  save_planet or invalidate removes it. If Redis is out of reach then, if the process dies
-  first, or if MySQL commits after its error has reached the caller, an old result may stay
-  for up to LOCK_TTL + TTL. save_planet does not remove what fetch has cached.
+  invalidate removes it. save_planet does not remove what fetch has cached.
+- Redis may be out of reach when a save wants to remove a record, the process may die before
+  it does so, or MySQL may commit only after the caller has got an error. Then the old record
+  stays for its TTL, and for LOCK_TTL longer if another caller is loading it.
 - While Redis is out of reach or full, callers do not wait for one another. A call that
   gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
-- After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all
-  keys for REDIS_PAUSE. A result of many MB can cause that.
-- If MySQL hangs, a miss raises an error after MAX_WAIT and a few MYSQL_TIMEOUT at most.
+- After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all keys
+  for REDIS_PAUSE. A result of many MB can cause that, each time it is read or stored.
+- If MySQL hangs, a miss raises an error after MAX_WAIT + 3 * MYSQL_TIMEOUT at most.
 - Keys do not name the database: give each database a Redis of its own.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
 DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities. Without it,
-the connection is encrypted only if MySQL offers it, and its certificate is not verified.
-Needs Linux or macOS, Python 3.9, Redis 6.2, MySQL 5.7.20 or MariaDB 10.1, or newer versions,
-and the packages in requirements.txt.
+TLS is used only if MySQL offers it, and the certificate is not verified. Needs the packages
+in requirements.txt, and at least Python 3.9, Redis 6.2, and MySQL 5.7.20 or MariaDB 10.1.
 """
 
 import functools
@@ -62,8 +62,7 @@ REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for the next data from MySQL, in whole seconds
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
 LOCK_TTL = 2 * MYSQL_TIMEOUT  # a lock expires after this; a slower load is not stored
-# How long callers wait for the one that loads: longer than LOCK_TTL, so that one of them can
-# take over from a process that has died.
+# Callers wait for the one that loads: longer than LOCK_TTL, in case its process has died.
 MAX_WAIT = 3 * MYSQL_TIMEOUT
 POLL_EVERY = 0.05  # how long they sleep before they look for its result again
 WARN_EVERY = 60  # the same warning is not repeated within this time
@@ -71,14 +70,6 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-# After these, Redis is not used for REDIS_PAUSE. After any other error, it still is, because
-# a Redis that refuses a command, for example because it is full, still serves hits.
-PAUSING_ERRORS = (
-    redis.ConnectionError,
-    redis.TimeoutError,
-    redis.RedisClusterException,
-    ClusterDownError,
-)
 
 log = logging.getLogger(__name__)
 
@@ -197,8 +188,14 @@ def ttl_in_seconds(ttl):
 
 
 # ---- The strategy they share
-# Each key has a lock. Only the caller that has the lock stores a result. A save deletes the
-# lock, so that a caller that has loaded an old result cannot store it.
+#
+# Look in Redis. After a miss, take the lock of the key, load the result, and store it.
+# - The lock is a key in Redis, which only one caller can have. The others wait for its result.
+# - A save deletes the lock, and only the caller that still has it can store. So a slow reader
+#   cannot store an old result.
+# - If Redis is out of reach, this process does not use it for REDIS_PAUSE: the pause. In a
+#   pause, a call loads its result without a lock, and does not store it. Only a save, and a
+#   caller that still has a lock, send Redis a DELETE.
 
 
 def cache_aside(key, read, load, store):
@@ -207,6 +204,8 @@ def cache_aside(key, read, load, store):
     read(client) returns the result that is in Redis, or MISS. load() returns the result
     from MySQL. store(pipe, result) stores it in Redis.
     """
+    if "}" in key:
+        raise ValueError(f"a key must not contain a }}, see lock_name: {key}")
     result, lock = look_up_or_lock(key, read)
     try:
         if result is MISS:
@@ -321,8 +320,6 @@ def lock_name(key):
     In a cluster, a transaction needs both keys on one node. The braces make Redis choose
     the node of planet:1. They end at the first }, so a key must not contain one.
     """
-    if "}" in key:
-        raise ValueError(f"a key must not contain a }}: {key}")
     return "lock:{" + key + "}"
 
 
@@ -414,6 +411,14 @@ except (TypeError, ValueError, redis.RedisError):
     # The text of this error is left out because it could show the password.
     raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
 
+# After these errors, Redis is not used for REDIS_PAUSE. After any other error, it still is,
+# because a Redis that refuses a command, for example because it is full, still serves hits.
+PAUSING_ERRORS = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.RedisClusterException,
+    ClusterDownError,
+)
 paused_until = 0  # the time.monotonic() at which Redis is used again
 warned_at = {}  # warning -> the time.monotonic() at which it was logged
 
@@ -438,8 +443,8 @@ def redis_is_paused():
 def pause_redis():
     """Do not use Redis for REDIS_PAUSE, and then connect again.
 
-    A save, and a caller that releases its lock, use Redis even in a pause. If this fails, the
-    pause does not become longer: if it did, frequent saves could keep Redis out of use.
+    A failure during a pause does not extend it, because otherwise frequent saves could keep
+    Redis out of use.
     """
     global paused_until
     if not redis_is_paused():
