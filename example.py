@@ -1,10 +1,10 @@
 """Cache-aside: Redis in front of MySQL.
 
 fetch(sql) caches the rows of a query, as a string. record(key, sql) caches one row, as a
-hash, and planet(id) shows how to use it. Both look in Redis first. On a miss, they load
-the result from MySQL and store it in Redis for TTL seconds.
+hash, and planet(id) shows how to use it. On a miss, they load the result from MySQL, and
+store it in Redis for TTL seconds.
 
-What it adds to the seven-line version, and where:
+What this adds to the seven-line version, and where:
 - If many callers miss the same key, one loads and the others wait (look_up_or_lock).
 - A slow reader does not undo a save (store_if_locked).
 - If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
@@ -23,20 +23,20 @@ What it adds to the seven-line version, and where:
 Limits:
 - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
   invalidate removes it. save_planet does not remove what fetch has cached.
-- Redis may be out of reach when a save wants to remove a record, the process may die before
-  it does so, or MySQL may commit only after the caller has got an error. Then the old record
-  stays for its TTL, and for LOCK_TTL longer if another caller is loading it.
+- An old record stays for its TTL (and for LOCK_TTL longer, if a caller is loading it) if
+  Redis is out of reach when a save wants to remove it, if a failover of Redis loses the
+  removal, if the process dies first, or if MySQL commits after its error.
 - While Redis is out of reach or full, callers do not wait for one another. A call that
   gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
 - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all keys
   for REDIS_PAUSE. A result of many MB can cause that, each time it is read or stored.
-- If MySQL hangs, a miss raises an error after MAX_WAIT + 3 * MYSQL_TIMEOUT at most.
+- If MySQL hangs, a miss raises an error after MAX_WAIT + 3 * MYSQL_TIMEOUT, 30 s, at most.
 - Keys do not name the database: give each database a Redis of its own.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
 DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities. Without it,
-TLS is used only if MySQL offers it, and the certificate is not verified. Needs the packages
-in requirements.txt, and at least Python 3.9, Redis 6.2, and MySQL 5.7.20 or MariaDB 10.1.
+TLS is used only if MySQL offers it, and the certificate is not verified. Needs Linux or
+macOS, and at least Python 3.9, Redis 6.2, and MySQL 5.7.20 or MariaDB 10.1.
 """
 
 import functools
@@ -194,8 +194,8 @@ def ttl_in_seconds(ttl):
 # - A save deletes the lock, and only the caller that still has it can store. So a slow reader
 #   cannot store an old result.
 # - If Redis is out of reach, this process does not use it for REDIS_PAUSE: the pause. In a
-#   pause, a call loads its result without a lock, and does not store it. Only a save, and a
-#   caller that still has a lock, send Redis a DELETE.
+#   pause, a call loads its result without a lock, and does not store it. But a save still
+#   tries to delete its keys, and a caller that has a lock to release it.
 
 
 def cache_aside(key, read, load, store):
@@ -290,7 +290,7 @@ def store_if_locked(lock, store, result):
                 store(pipe, result)
                 pipe.execute()  # Redis carries them out together
     except redis.WatchError:
-        pass
+        pass  # the lock was lost (or the connection, which release will report)
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
@@ -348,11 +348,11 @@ def encode_column(values):
     A column with several types is returned as it is. The encoder then calls encode.
     """
     names = {type(value).__name__ for value in values} - {"NoneType"}
-    name = names.pop() if len(names) == 1 else None
-    if name not in CODECS:
-        return values
-    convert, _ = CODECS[name]
-    return {name: [None if value is None else convert(value) for value in values]}
+    if len(names) == 1 and names <= CODECS.keys():
+        name = names.pop()
+        convert, _ = CODECS[name]
+        return {name: [None if value is None else convert(value) for value in values]}
+    return values
 
 
 def decode(encoded):
