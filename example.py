@@ -19,24 +19,13 @@ What this adds to the seven-line version, and where:
   not run for long, in MySQL either (connect_if_closed).
 - Redis may be a single node, a cluster or a serverless cache (redis_client, lock_name).
 - A setting that is missing or cannot be used is named in one line (SettingError).
-
-Limits:
-- If rows change in MySQL, their result stays in Redis until its TTL is over, or until
-  invalidate removes it. save_planet does not remove what fetch has cached.
-- An old record stays for its TTL (and for LOCK_TTL longer, if a caller is loading it) if
-  Redis is out of reach when a save wants to remove it, if a failover of Redis loses the
-  removal, if the process dies first, or if MySQL commits after its error.
-- While Redis is out of reach or full, callers do not wait for one another. A call that
-  gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
-- After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all keys
-  for REDIS_PAUSE. A result of many MB can cause that, each time it is read or stored.
-- If MySQL hangs, a miss raises an error after MAX_WAIT + 3 * MYSQL_TIMEOUT, 30 s, at most.
-- Keys do not name the database: give each database a Redis of its own.
+Its limits stand at the end of this file.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
 DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities. Without it,
 TLS is used only if MySQL offers it, and the certificate is not verified. Needs Linux or
-macOS, and at least Python 3.9, Redis 6.2, and MySQL 5.7.20 or MariaDB 10.1.
+macOS, the packages in requirements.txt, and at least Python 3.9, Redis 6.2, and MySQL 5.7
+or MariaDB 10.1.
 """
 
 import functools
@@ -210,7 +199,7 @@ def cache_aside(key, read, load, store):
     try:
         if result is MISS:
             result = load()
-            # In a pause, a save may have failed to delete the lock, so the result may be old.
+            # In a pause, a save of this process may have failed to delete the lock.
             if lock and not redis_is_paused():
                 store_if_locked(lock, store, result)
         return result
@@ -224,8 +213,8 @@ def look_up_or_lock(key, read):
 
     After a miss, one caller gets the lock: it loads and stores. The others wait until its
     result is in Redis. If its load fails, the next one gets the lock. If its process dies,
-    or if the reply that gave it the lock is late, the lock expires after LOCK_TTL. A caller
-    that has waited for MAX_WAIT, or that finds Redis out of reach, loads without a lock.
+    the lock expires after LOCK_TTL. A caller that has waited for MAX_WAIT, or that finds
+    Redis out of reach, loads without a lock.
     """
     lock = None
     deadline = time.monotonic() + MAX_WAIT
@@ -311,7 +300,7 @@ def invalidate(key):
         redis_client().delete(key, lock_name(key))
     except REDIS_ERRORS as error:
         warn("a key in Redis may stay old until it expires", error)
-        pause_redis()  # so that save_planet reads the new record from MySQL
+        pause_redis()  # so that save_planet, which reads next, uses MySQL
 
 
 def lock_name(key):
@@ -430,9 +419,11 @@ def redis_client():
     redis-py lends a connection to one thread at a time, and makes new ones after a fork.
     """
     client = redis.Redis.from_url(**REDIS_OPTIONS)
+    info = {}
     with suppress(redis.ResponseError):  # without INFO, only a single node can be used
-        if client.info("cluster").get("cluster_enabled"):
-            client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
+        info = client.info("cluster")
+    if info.get("cluster_enabled"):
+        client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
     return client
 
 
@@ -573,6 +564,31 @@ def execute(connection, sql, args):
     log.debug("MySQL, %.2f ms: %s", 1000 * (time.perf_counter() - start), sql)
     return cursor
 
+
+# ---- Limits
+#
+# How old a result can be:
+# - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
+#   invalidate removes it. save_planet does not remove what fetch has cached.
+# - invalidate can fail to remove a record: Redis is out of reach or refuses it, or loses the
+#   removal in a failover, or the process dies first. Then the old record stays for its TTL,
+#   and for LOCK_TTL longer if a caller has just loaded it.
+# - If MySQL commits a change after the caller has got an error, this is after invalidate. A
+#   reader may have stored the old record in between. It stays for its TTL.
+#
+# While Redis fails:
+# - If it is out of reach or full, callers do not wait for one another.
+# - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all keys
+#   for REDIS_PAUSE. A result of many MB can cause that, each time it is read or stored.
+# - If the reply that gives a caller the lock is late, nobody can release this lock. Other
+#   callers wait until it expires after LOCK_TTL.
+#
+# While MySQL is slow:
+# - A call that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
+# - If MySQL hangs, a miss raises an error after about 30 s at most: MAX_WAIT, and three times
+#   MYSQL_TIMEOUT, for a free connection, for its ping, and for a new connection.
+#
+# Keys do not name the database: give each database a Redis of its own.
 
 # ---- The demonstration
 
