@@ -279,7 +279,7 @@ def store_if_locked(lock, store, result):
                 store(pipe, result)
                 pipe.execute()  # Redis carries them out together
     except redis.WatchError:
-        pass  # the lock was lost (or the connection, which release will report)
+        pass  # the lock was lost
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
@@ -336,9 +336,9 @@ def encode_column(values):
 
     A column with several types is returned as it is. The encoder then calls encode.
     """
-    names = {type(value).__name__ for value in values} - {"NoneType"}
-    if len(names) == 1 and names <= CODECS.keys():
-        name = names.pop()
+    types = {type(value).__name__ for value in values} - {"NoneType"}
+    if len(types) == 1 and types <= CODECS.keys():
+        name = types.pop()
         convert, _ = CODECS[name]
         return {name: [None if value is None else convert(value) for value in values]}
     return values
@@ -570,11 +570,11 @@ def execute(connection, sql, args):
 # How old a result can be:
 # - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
 #   invalidate removes it. save_planet does not remove what fetch has cached.
-# - invalidate can fail to remove a record: Redis is out of reach or refuses it, or loses the
-#   removal in a failover, or the process dies first. Then the old record stays for its TTL,
-#   and for LOCK_TTL longer if a caller has just loaded it.
-# - If MySQL commits a change after the caller has got an error, this is after invalidate. A
-#   reader may have stored the old record in between. It stays for its TTL.
+# - invalidate can fail to remove a record, if Redis is out of reach, refuses the removal, or
+#   loses it in a failover, or if the process dies first. Then the old record stays for its
+#   TTL. A slow reader may store it once more, up to LOCK_TTL later.
+# - If MySQL commits a change only after the caller has got an error, invalidate was too early.
+#   A reader may have stored the old record before the commit. It stays for its TTL.
 #
 # While Redis fails:
 # - If it is out of reach or full, callers do not wait for one another.
