@@ -16,10 +16,10 @@ What this adds to the seven-line version, and where:
 - Every key expires, even if a process dies between two commands (store_if_locked).
 - A process opens at most MAX_CONNECTIONS to MySQL, each used by one caller at a time. One
   that MySQL has closed is replaced (mysql_connection). A query cannot change data and does
-  not run for long, in MySQL either (connect_if_closed).
+  not run for long, in MySQL either (limit_session).
 - Redis may be a single node, a cluster or a serverless cache (redis_client, lock_name).
 - A setting that is missing or cannot be used is named in one line (SettingError).
-Its limits stand at the end of this file.
+Its limits stand near the end of this file.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
 DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities. Without it,
@@ -42,7 +42,7 @@ from decimal import Decimal
 
 import pymysql
 import redis
-from redis.exceptions import ClusterDownError, LockError
+from redis.exceptions import ClusterDownError, LockError, NoPermissionError
 
 # All times are in seconds.
 TTL = 10  # how long Redis keeps a result
@@ -145,10 +145,12 @@ def planet(id):
 def save_planet(id, name):
     """Insert or rename a planet in MySQL, and return the new record.
 
-    id: as for planet. Raises pymysql.Error if MySQL fails. The planet may be saved
-    nevertheless.
+    Raises ValueError if no planet can have this id. Raises pymysql.Error if MySQL fails.
+    The planet may be saved nevertheless.
     """
     id = int(str(id))
+    if not 0 < id < 2**32:  # INT UNSIGNED AUTO_INCREMENT: 0 would become another id
+        raise ValueError(f"not the id of a planet: {id}")
     sql = "INSERT INTO planet SET id = %s, name = %s ON DUPLICATE KEY UPDATE name = %s"
     try:
         write(sql, (id, name, name))
@@ -193,8 +195,7 @@ def cache_aside(key, read, load, store):
     read(client) returns the result that is in Redis, or MISS. load() returns the result
     from MySQL. store(pipe, result) stores it in Redis.
     """
-    if "}" in key:
-        raise ValueError(f"a key must not contain a }}, see lock_name: {key}")
+    check_key(key)
     result, lock = look_up_or_lock(key, read)
     try:
         if result is MISS:
@@ -278,10 +279,11 @@ def store_if_locked(lock, store, result):
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them out together
-    except redis.WatchError:
-        pass  # the lock was lost
     except REDIS_ERRORS as error:
-        handle_redis_error(error)
+        # This text means that the lock was lost, which is no failure. (redis-py raises the
+        # same WatchError, with another text, if the connection is lost.)
+        if "Watched variable changed" not in str(error):
+            handle_redis_error(error)
 
 
 def release(lock):
@@ -296,11 +298,17 @@ def release(lock):
 
 def invalidate(key):
     """Remove a key from Redis. Call it after the COMMIT that changes its row."""
+    check_key(key)
     try:
         redis_client().delete(key, lock_name(key))
     except REDIS_ERRORS as error:
         warn("a key in Redis may stay old until it expires", error)
         pause_redis()  # so that save_planet, which reads next, uses MySQL
+
+
+def check_key(key):
+    if "}" in key:
+        raise ValueError(f"a key must not contain a }}, see lock_name: {key}")
 
 
 def lock_name(key):
@@ -331,6 +339,11 @@ def encode(value):
     return {name: convert(value)}
 
 
+def map_values(function, values):
+    """Call the function for each value that is not None."""
+    return [None if value is None else function(value) for value in values]
+
+
 def encode_column(values):
     """[Decimal("1.50"), None] -> {"Decimal": ["1.50", None]}
 
@@ -340,7 +353,7 @@ def encode_column(values):
     if len(types) == 1 and types <= CODECS.keys():
         name = types.pop()
         convert, _ = CODECS[name]
-        return {name: [None if value is None else convert(value) for value in values]}
+        return {name: map_values(convert, values)}
     return values
 
 
@@ -351,7 +364,7 @@ def decode(encoded):
         raise ValueError("there is more than one type")
     _, restore = CODECS[name]
     if isinstance(stored, list):  # a column
-        return [None if value is None else restore(value) for value in stored]
+        return map_values(restore, stored)
     return restore(stored)
 
 
@@ -420,7 +433,7 @@ def redis_client():
     """
     client = redis.Redis.from_url(**REDIS_OPTIONS)
     info = {}
-    with suppress(redis.ResponseError):  # without INFO, only a single node can be used
+    with suppress(NoPermissionError):  # without INFO, only a single node can be used
         info = client.info("cluster")
     if info.get("cluster_enabled"):
         client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
@@ -523,15 +536,20 @@ def connect_if_closed(connection):
         connection.ping(reconnect=False)
     except pymysql.Error:  # it is not open yet, or MySQL has closed it
         connection.connect()
-        # MySQL itself ends a query after MYSQL_TIMEOUT, and a wait for a lock before that.
-        if "MariaDB" in connection.get_server_info():
-            limit = f"max_statement_time = {MYSQL_TIMEOUT}"
-        else:
-            limit = f"max_execution_time = {MYSQL_TIMEOUT * 1000}"
-        connection.query(
-            f"SET SESSION {limit}, innodb_lock_wait_timeout = 2, lock_wait_timeout = 2"
-        )
-        connection.query("SET SESSION TRANSACTION READ ONLY")
+        limit_session(connection)
+
+
+def limit_session(connection):
+    """Make it read-only. Let MySQL end a SELECT after MYSQL_TIMEOUT, and a wait for a lock."""
+    # MariaDB and MySQL name the time limit of a SELECT differently.
+    if connection.cursor().execute("SHOW VARIABLES LIKE 'max_statement_time'"):
+        limit = f"max_statement_time = {MYSQL_TIMEOUT}"
+    else:
+        limit = f"max_execution_time = {MYSQL_TIMEOUT * 1000}"  # in milliseconds
+    connection.query(
+        f"SET SESSION {limit}, innodb_lock_wait_timeout = 2, lock_wait_timeout = 2"
+    )
+    connection.query("SET SESSION TRANSACTION READ ONLY")
 
 
 def query(sql, args=None):
@@ -579,7 +597,7 @@ def execute(connection, sql, args):
 # While Redis fails:
 # - If it is out of reach or full, callers do not wait for one another.
 # - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all keys
-#   for REDIS_PAUSE. A result of many MB can cause that, each time it is read or stored.
+#   for REDIS_PAUSE. A result of many MB can cause that each time it is read.
 # - If the reply that gives a caller the lock is late, nobody can release this lock. Other
 #   callers wait until it expires after LOCK_TTL.
 #

@@ -103,6 +103,7 @@ def test_fetch_keeps_a_string_under_the_text_of_the_query(example, cache):
 def test_the_type_of_a_column_is_stored_once_even_with_nulls(example):
     text = example.rows_to_json([{"a": Decimal("1.5")}, {"a": None}])
     assert text == '[["a"],[{"Decimal":["1.5",null]}]]'
+    assert example.rows_to_json([{"a": None}]) == '[["a"],[[null]]]'
 
 
 def test_planet_keeps_a_hash_under_its_id(example, cache):

@@ -115,10 +115,12 @@ def test_a_wrong_password_is_reported_but_not_shown(caplog, own_redis):
     assert "password" in warning
 
 
-def test_a_redis_without_info_can_be_used(caplog, new_servers):
-    server = new_servers.redis("--rename-command", "INFO", "")
-    module = load(REDIS_URL=server.url)
-    assert is_used(server, module)
+def test_a_user_who_may_not_use_info_can_use_the_cache(caplog, own_redis):
+    rights = {"commands": ["+@all", "-@dangerous"], "keys": "*"}
+    with plain(own_redis) as cache:
+        cache.acl_setuser("guest", enabled=True, nopass=True, **rights)
+    module = load(REDIS_URL=f"redis://guest:any@127.0.0.1:{own_redis.port}")
+    assert is_used(own_redis, module)
     assert not warnings(caplog, module)
 
 
@@ -352,6 +354,16 @@ def test_a_value_that_cannot_be_read_is_a_miss_is_replaced_and_is_reported(
     assert not any(word in warning for word in ("Mercu", "Planted", "exit"))
 
 
+def test_a_connection_lost_before_exec_is_reported(example, cache, caplog):
+    rows_to_json = example.rows_to_json
+    kill = lambda: cache.client_kill_filter(_type="normal", skipme=True)
+    example.rows_to_json = lambda rows: (rows_to_json(rows), kill())[0]
+    assert example.fetch("SELECT 1 AS x") == [{"x": 1}]
+    (warning,) = warnings(caplog, example)
+    assert "while watching" in warning
+    assert not cache.keys()  # the lock is gone
+
+
 def test_a_mistake_in_a_decoder_or_a_key_is_reported(example, cache, caplog):
     example.planet(1)
     example.from_json = lambda text: text.no_such_method()
@@ -380,7 +392,7 @@ def module(breakable_mysql, cache):
 
 
 def shorten_timeouts(module):
-    """Shorten MYSQL_TIMEOUT to half a second, and MySQL's own limit to one second."""
+    """Shorten PyMySQL's timeouts to half a second, and MYSQL_TIMEOUT to one second."""
     options = module.MYSQL_OPTIONS
     for name in "connect_timeout", "read_timeout", "write_timeout":
         assert options[name] == module.MYSQL_TIMEOUT == 5
