@@ -210,7 +210,7 @@ def cache_aside(key, read, load, store):
 
 
 def look_up_or_lock(key, read):
-    """Return the result that is in Redis, or MISS, and the lock of the key, or None.
+    """Return two values: the result that is in Redis, or MISS; and the lock, or None.
 
     After a miss, one caller gets the lock: it loads and stores. The others wait until its
     result is in Redis. If its load fails, the next one gets the lock. If its process dies,
@@ -488,7 +488,7 @@ MYSQL_OPTIONS = {
     "password": os.environ["DB_PASS"].encode(),  # PyMySQL would send text as Latin-1
     "database": os.environ["DB_NAME"],
     "cursorclass": pymysql.cursors.DictCursor,
-    # Without it, a connection stays in its first transaction and sees no later change.
+    # Without autocommit, a connection stays in its first transaction and sees no later change.
     "autocommit": True,
     "connect_timeout": MYSQL_TIMEOUT,
     "read_timeout": MYSQL_TIMEOUT,
@@ -540,7 +540,7 @@ def connect_if_closed(connection):
 
 
 def limit_session(connection):
-    """Make it read-only. Let MySQL end a SELECT after MYSQL_TIMEOUT, and a wait for a lock."""
+    """Make it read-only. Let MySQL end a SELECT, and in 2 seconds a wait for a lock."""
     # MariaDB and MySQL name the time limit of a SELECT differently.
     if connection.cursor().execute("SHOW VARIABLES LIKE 'max_statement_time'"):
         limit = f"max_statement_time = {MYSQL_TIMEOUT}"
@@ -605,6 +605,7 @@ def execute(connection, sql, args):
 # - A call that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
 # - If MySQL hangs, a miss raises an error after about 30 s at most: MAX_WAIT, and three times
 #   MYSQL_TIMEOUT, for a free connection, for its ping, and for a new connection.
+# - Callers that have waited for MAX_WAIT load together, each in a connection of its own.
 #
 # Keys do not name the database: give each database a Redis of its own.
 

@@ -155,6 +155,8 @@ def test_any_other_id_reaches_neither_server(id, cache):
         module.save_planet(id, "Vulcan")
     with pytest.raises(ValueError, match="must not contain"):
         module.record(f"{{{id}}}", PLANETS)
+    with pytest.raises(ValueError, match="must not contain"):
+        module.invalidate(f"{{{id}}}")
     assert cache.keys() == []
 
 
