@@ -540,8 +540,11 @@ def connect_if_closed(connection):
 
 
 def limit_session(connection):
-    """Make it read-only. Let MySQL end a SELECT, and in 2 seconds a wait for a lock."""
-    # MariaDB and MySQL name the time limit of a SELECT differently.
+    """Make the session read-only, and let MySQL end what takes too long.
+
+    That is a SELECT after MYSQL_TIMEOUT, and a wait for a lock after 2 seconds. MariaDB and
+    MySQL name the first of these limits differently.
+    """
     if connection.cursor().execute("SHOW VARIABLES LIKE 'max_statement_time'"):
         limit = f"max_statement_time = {MYSQL_TIMEOUT}"
     else:
@@ -605,7 +608,7 @@ def execute(connection, sql, args):
 # - A call that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
 # - If MySQL hangs, a miss raises an error after about 30 s at most: MAX_WAIT, and three times
 #   MYSQL_TIMEOUT, for a free connection, for its ping, and for a new connection.
-# - Callers that have waited for MAX_WAIT load together, each in a connection of its own.
+# - Callers that have waited for MAX_WAIT query MySQL at the same time.
 #
 # Keys do not name the database: give each database a Redis of its own.
 
