@@ -19,7 +19,7 @@ What this adds to the seven-line version, and where:
   not run for long, in MySQL either (limit_session).
 - Redis may be a single node, a cluster or a serverless cache (redis_client, lock_name).
 - A setting that is missing or cannot be used is named in one line (SettingError).
-Its limits stand near the end of this file.
+The limits are listed near the end of this file.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
 DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities. Without it,
@@ -98,7 +98,7 @@ def fetch(sql, args=None, ttl=None):
     return cache_aside(key, read, load, store)
 
 
-# The hash for "no such row". No row has such a field, because JSON is never empty.
+# The hash for "no such row". In a row, each field is JSON, and JSON is never an empty text.
 NO_ROW = {"absent": ""}
 
 
@@ -200,7 +200,7 @@ def cache_aside(key, read, load, store):
     try:
         if result is MISS:
             result = load()
-            # In a pause, a save of this process may have failed to delete the lock.
+            # Do not store in a pause: a save may have failed to delete the lock.
             if lock and not redis_is_paused():
                 store_if_locked(lock, store, result)
         return result
@@ -606,8 +606,9 @@ def execute(connection, sql, args):
 #
 # While MySQL is slow:
 # - A call that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
-# - If MySQL hangs, a miss raises an error after about 30 s at most: MAX_WAIT, and three times
-#   MYSQL_TIMEOUT, for a free connection, for its ping, and for a new connection.
+# - If MySQL hangs, a miss raises an error after about 30 s at most. A caller waits up to
+#   MAX_WAIT for another one to load. Then it waits up to MYSQL_TIMEOUT for a free connection,
+#   as long for the reply to a ping, and as long again for a new connection.
 # - Callers that have waited for MAX_WAIT query MySQL at the same time.
 #
 # Keys do not name the database: give each database a Redis of its own.
