@@ -186,7 +186,7 @@ def ttl_in_seconds(ttl):
 #   cannot store an old result.
 # - If Redis is out of reach, this process does not use it for REDIS_PAUSE: the pause. In a
 #   pause, a call loads its result without a lock, and does not store it. But a save still
-#   tries to delete its keys, and a caller that has a lock to release it.
+#   tries to delete its keys, and a caller that has a lock still tries to release it.
 
 
 def cache_aside(key, read, load, store):
