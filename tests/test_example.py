@@ -119,8 +119,8 @@ def test_the_ttl_is_read_at_each_call_and_no_key_is_without(ttl, example, cache)
     assert [10 < cache.ttl(key) <= 60 for key in cache.scan_iter()] == 3 * [True]
     example.fetch("SELECT 1", ttl=100.5), example.record("one", "SELECT 1", ttl=100)
     assert 60 < cache.ttl("SELECT 1") <= cache.ttl("one") + 1 <= 101
-    with pytest.raises(ValueError, match="seconds"):
-        example.record("row", "SELECT 1", ttl=10**18)  # EXPIRE would fail after HSET
+    assert example.record("short", "SELECT 1 AS x", ttl=0.5) == {"x": 1}
+    assert not cache.exists("short")  # it has not stayed without an expiry
 
 
 def test_a_hit_comes_from_redis_until_the_ttl_is_over(example, cache, db):
@@ -153,10 +153,15 @@ def test_any_other_id_reaches_neither_server(id, cache):
         module.planet(id)
     with pytest.raises((ValueError, TypeError)):
         module.save_planet(id, "Vulcan")
+    assert cache.keys() == []
+
+
+def test_a_key_whose_lock_would_be_on_another_node_is_refused(cache):
+    module = load(DB_PORT="1")  # a query would raise pymysql.OperationalError
     with pytest.raises(ValueError, match="must not contain"):
-        module.record(f"{{{id}}}", PLANETS)
+        module.record("customer:}", PLANETS)
     with pytest.raises(ValueError, match="must not contain"):
-        module.invalidate(f"{{{id}}}")
+        module.invalidate("customer:}")
     assert cache.keys() == []
 
 
