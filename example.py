@@ -4,7 +4,7 @@ fetch(sql) caches the rows of a query, as a string. record(key, sql) caches one 
 hash, and planet(id) shows how to use it. On a miss, they load the result from MySQL, and
 store it in Redis for TTL seconds.
 
-What this adds to the seven-line version, and where:
+The seven-line version is GET; on a miss, the query, and SETEX. What this adds, and where:
 - If many callers miss the same key, one loads and the others wait (look_up_or_lock).
 - A slow reader does not undo a save (store_if_locked).
 - If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
@@ -16,8 +16,8 @@ What this adds to the seven-line version, and where:
 - Every key expires, even if a process dies between two commands (store_if_locked).
 - A process opens at most MAX_CONNECTIONS to MySQL, each used by one caller at a time. One
   that MySQL has closed is replaced (mysql_connection). A query cannot change data and does
-  not run for long, in MySQL either (limit_session).
-- Redis may be a single node, a cluster or a serverless cache (redis_client, lock_name).
+  not run for long, in MySQL either (restrict_session).
+- Redis may be a single node, a cluster or a serverless cache (redis_client, lock_key).
 - A setting that is missing or cannot be used is named in one line (SettingError).
 The limits are listed near the end of this file.
 
@@ -25,7 +25,8 @@ Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_P
 DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities. Without it,
 TLS is used only if MySQL offers it, and the certificate is not verified. Needs Linux or
 macOS, the packages in requirements.txt, and at least Python 3.9, Redis 6.2, and MySQL 5.7
-or MariaDB 10.1.
+or MariaDB 10.1. With asyncio, call the functions in a thread. The debug log shows each hit,
+with its key, and each query.
 """
 
 import functools
@@ -51,9 +52,8 @@ REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for the next data from MySQL, in whole seconds
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
 LOCK_TTL = 2 * MYSQL_TIMEOUT  # a lock expires after this; a slower load is not stored
-# Callers wait for the one that loads: longer than LOCK_TTL, in case its process has died.
-MAX_WAIT = 3 * MYSQL_TIMEOUT
-POLL_EVERY = 0.05  # how long they sleep before they look for its result again
+MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT  # how long callers wait for another one's result
+POLL_EVERY = 0.05  # how long they sleep before they look for it again
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
 MISS = object()  # what a look-up returns if the key is not in Redis
@@ -83,6 +83,9 @@ def fetch(sql, args=None, ttl=None):
     cached and the query fails.
     """
     key = fetch_key(sql, args)
+    ttl = ttl_in_seconds(ttl)
+
+    # These three are the steps of cache_aside, below.
 
     def read(client):
         text = client.get(key)
@@ -92,7 +95,7 @@ def fetch(sql, args=None, ttl=None):
         return query(sql, args)
 
     def store(pipe, rows):  # pipe: a redis-py pipeline, which sends commands together
-        pipe.setex(key, int(ttl or TTL), rows_to_json(rows))
+        pipe.setex(key, ttl, rows_to_json(rows))
 
     return cache_aside(key, read, load, store)
 
@@ -104,10 +107,11 @@ NO_ROW = {"absent": ""}
 def record(key, sql, args=None, ttl=None):
     """Return one row as a dict, or None if there is no such row.
 
-    key: the key in Redis, different for each sql and args, without a }, see lock_name.
+    key: the key in Redis, different for each sql and args, without a }, see lock_key.
     sql: a SELECT of one row. args, ttl: as for fetch. Raises pymysql.Error if the row is
     not cached and the query fails. On a hit, the columns can be in another order.
     """
+    ttl = ttl_in_seconds(ttl)
 
     def read(client):
         fields = client.hgetall(key)
@@ -126,8 +130,7 @@ def record(key, sql, args=None, ttl=None):
         if row is not None:
             fields = {name: to_json(value) for name, value in row.items()}
         pipe.hset(key, mapping=fields)
-        # Without int, EXPIRE would refuse 0.5, and the hash would stay for ever.
-        pipe.expire(key, int(ttl or TTL))
+        pipe.expire(key, ttl)
 
     return cache_aside(key, read, load, store)
 
@@ -161,9 +164,17 @@ def fetch_key(sql, args=None):
     The args must be written as for fetch: (1,) and [1] make different keys.
     """
     key = sql if args is None else f"{sql} {args!r}"
-    # A } becomes \x7d, because a key must not contain it, see lock_name. A backslash is
+    # A } becomes \x7d, because a key must not contain it, see lock_key. A backslash is
     # doubled, so that different keys stay different.
     return key.replace("\\", r"\\").replace("}", r"\x7d")
+
+
+def ttl_in_seconds(ttl):
+    """Return ttl as a whole number, or TTL if it is None."""
+    ttl = int(TTL if ttl is None else ttl)
+    if not 0 < ttl < 2**31:  # EXPIRE would refuse it, and the hash would never expire
+        raise ValueError(f"not a number of seconds: {ttl}")
+    return ttl
 
 
 # ---- The strategy they share
@@ -197,12 +208,16 @@ def cache_aside(key, read, load, store):
 
 
 def look_up_or_lock(key, read):
-    """Return two values: the result that is in Redis, or MISS; and the lock, or None.
+    """Look in Redis. After a miss, take the lock, or wait for the caller that has it.
 
-    After a miss, one caller gets the lock: it loads and stores. The others wait until its
-    result is in Redis. If its load fails, the next one gets the lock. If its process dies,
-    the lock expires after LOCK_TTL. A caller that has waited for MAX_WAIT, or that finds
-    Redis out of reach, loads without a lock.
+    Returns two values:
+    - result, None: a hit, at once or after waiting.
+    - MISS, lock: a miss. The caller must load, store and release the lock.
+    - result, lock: the result was stored just before this caller got the lock.
+    - MISS, None: Redis has failed, or the caller has waited for MAX_WAIT. It must load.
+
+    If a load fails, the next caller gets the lock. If a process dies, its lock expires after
+    LOCK_TTL.
     """
     lock = None
     deadline = time.monotonic() + MAX_WAIT
@@ -213,8 +228,7 @@ def look_up_or_lock(key, read):
                 return result, None
             lock = take_lock(key)
             if lock:
-                # Look again: another caller may have stored the result after the first look.
-                return look_up(key, read), lock
+                return look_up(key, read), lock  # the result may be there by now
             time.sleep(POLL_EVERY)
     except REDIS_ERRORS as error:
         handle_redis_error(error)
@@ -223,7 +237,7 @@ def look_up_or_lock(key, read):
 
 def take_lock(key):
     """Return the lock of the key, or None if another caller has it."""
-    lock = redis_client().lock(lock_name(key), timeout=LOCK_TTL)
+    lock = redis_client().lock(lock_key(key), timeout=LOCK_TTL)
     return lock if lock.acquire(blocking=False) else None
 
 
@@ -233,9 +247,9 @@ def look_up(key, read):
     try:
         result = read(client)
     except Exception as error:
-        # WRONGTYPE: the key holds another type, such as a list.
-        if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
-            raise
+        wrong_type = "WRONGTYPE" in str(error)  # the key holds, for example, a list
+        if isinstance(error, REDIS_ERRORS) and not wrong_type:
+            raise  # Redis has failed, and look_up_or_lock handles it
         # Only the type of the error is logged, because its text can quote the value.
         warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
         client.delete(key)
@@ -259,15 +273,13 @@ def store_if_locked(lock, store, result):
     """
     try:
         with lock.redis.pipeline(transaction=True) as pipe:
-            # If the lock was lost before WATCH, owned() is False. If it is lost after it,
-            # execute() raises a WatchError.
-            pipe.watch(lock.name)
-            if lock.owned():
+            pipe.watch(lock.name)  # if the lock is lost after this, execute() fails
+            if lock.owned():  # if it was lost before, this is False
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them out together
     except redis.WatchError:
-        pass  # the lock was lost. (Or the connection: if Redis is down, release reports it.)
+        pass  # the lock was lost. (Or the connection: if Redis fails, release reports it.)
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
@@ -285,13 +297,13 @@ def release(lock):
 def invalidate(key):
     """Remove a key from Redis. Call it after the COMMIT that changes its row."""
     try:
-        redis_client().delete(key, lock_name(key))
+        redis_client().delete(key, lock_key(key))
     except REDIS_ERRORS as error:
         warn("a key in Redis may stay old until it expires", error)
         pause_redis()  # so that save_planet, which reads next, uses MySQL
 
 
-def lock_name(key):
+def lock_key(key):
     """Return the key of the lock: lock:{planet:1}
 
     In a cluster, a transaction needs both keys on one node. The braces make Redis choose
@@ -321,25 +333,30 @@ def encode(value):
     return {name: convert(value)}
 
 
+def map_values(function, values):
+    """Call the function for each value that is not None."""
+    return [None if value is None else function(value) for value in values]
+
+
 def encode_column(values):
     """[Decimal("1.50"), None] -> {"Decimal": ["1.50", None]}
 
     A column with several types is returned as it is. The encoder then calls encode.
     """
     types = {type(value).__name__ for value in values} - {"NoneType"}
-    if len(types) == 1 and types <= CODECS.keys():
-        name = types.pop()
-        convert, _ = CODECS[name]
-        return {name: [None if v is None else convert(v) for v in values]}
-    return values
+    name = types.pop() if len(types) == 1 else None
+    if name not in CODECS:
+        return values
+    convert, _ = CODECS[name]
+    return {name: map_values(convert, values)}
 
 
 def decode(encoded):
     """Undo encode and encode_column."""
-    [(name, stored)] = encoded.items()  # an error if there is more than one name
+    [(name, stored)] = encoded.items()  # raises a ValueError if there are two names
     _, restore = CODECS[name]
     if isinstance(stored, list):  # a column
-        return [None if v is None else restore(v) for v in stored]
+        return map_values(restore, stored)
     return restore(stored)
 
 
@@ -359,7 +376,7 @@ def rows_to_json(rows):
 
 def rows_from_json(text):
     names, columns = from_json(text)
-    rows = zip(*columns)  # without the names
+    rows = zip(*columns)  # a tuple for each row
     return [dict(zip(names, row)) for row in rows]
 
 
@@ -373,7 +390,7 @@ REDIS_OPTIONS = {
     # The default, several retries with pauses, would take seconds.
     "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
 }
-try:  # this checks the URL and does not connect
+try:  # make_connection checks the URL, and does not connect
     redis.Redis.from_url(**REDIS_OPTIONS).connection_pool.make_connection()
 except (TypeError, ValueError, redis.RedisError):
     # The text of this error is left out because it could show the password.
@@ -436,8 +453,8 @@ def warn(problem, reason):
     now = time.monotonic()
     if problem not in warned_at or now - warned_at[problem] >= WARN_EVERY:
         warned_at[problem] = now
-        # The text of an error may quote the command, with its data: redis-py does so before
-        # "caused error: ", and Redis after ", with args".
+        # Leave out the data that errors quote. redis-py: "Command # 1 (SETEX key 10 rows) of
+        # pipeline caused error: out of memory". Redis: "unknown command, with args: rows".
         text = str(reason).split("caused error: ")[-1].split(", with args")[0]
         log.warning("%s: %s", problem, text)
 
@@ -491,7 +508,7 @@ def mysql_connection():
         connect_if_closed(connection)
         yield connection
     except BaseException:
-        connection.close()  # its state is unknown; the next caller opens it again
+        connection.close()  # its state is unknown. It goes back, and is opened again.
         raise
     finally:
         pool.put(connection)
@@ -502,16 +519,17 @@ def connect_if_closed(connection):
         connection.ping(reconnect=False)
     except pymysql.Error:  # it is not open yet, or MySQL has closed it
         connection.connect()
-        limit_session(connection)
+        restrict_session(connection)
 
 
-def limit_session(connection):
+def restrict_session(connection):
     """Make the session read-only, and let MySQL end what takes too long.
 
     That is a SELECT after MYSQL_TIMEOUT, and a wait for a lock after 2 seconds. MariaDB and
     MySQL name the first of these limits differently.
     """
-    if connection.cursor().execute("SHOW VARIABLES LIKE 'max_statement_time'"):
+    rows = connection.cursor().execute("SHOW VARIABLES LIKE 'max_statement_time'")
+    if rows:  # how many rows there are
         limit = f"max_statement_time = {MYSQL_TIMEOUT}"
     else:
         limit = f"max_execution_time = {MYSQL_TIMEOUT * 1000}"  # in milliseconds
@@ -522,11 +540,11 @@ def limit_session(connection):
 
 
 def query(sql, args=None):
-    """Return the rows of a query from MySQL as a list of dicts. Raises pymysql.Error."""
+    """Return the rows from MySQL as a list of dicts, without Redis. Raises pymysql.Error."""
     with mysql_connection() as connection:
         cursor = execute(connection, sql, args)
-        # A statement that returns no rows, such as SET, may have made the session writable.
-        # After this error, mysql_connection closes the connection.
+        # A statement without rows can have made the session writable, such as SET SESSION
+        # TRANSACTION READ WRITE. After this error, mysql_connection closes it.
         if not cursor.description:
             raise pymysql.ProgrammingError(f"not a query: {sql}")
         return list(cursor.fetchall())
@@ -570,6 +588,8 @@ def execute(connection, sql, args):
 #   for REDIS_PAUSE. A result of many MB can cause that each time it is read.
 # - If the reply that gives a caller the lock is late, nobody can release this lock. Other
 #   callers wait until it expires after LOCK_TTL.
+# - If it grants locks but refuses to store, callers load one after the other. After MAX_WAIT,
+#   they no longer wait.
 #
 # While MySQL is slow:
 # - A call that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
