@@ -51,7 +51,8 @@ REDIS_TIMEOUT = 0.2  # the longest wait for the next data from Redis
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for the next data from MySQL, in whole seconds
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
-LOCK_TTL = 2 * MYSQL_TIMEOUT  # a lock expires after this; a slower load is not stored
+# A lock expires after this: it is enough to connect and query. A slower load is not stored.
+LOCK_TTL = 2 * MYSQL_TIMEOUT
 MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT  # how long callers wait for another one's result
 POLL_EVERY = 0.05  # how long they sleep before they look for it again
 WARN_EVERY = 60  # the same warning is not repeated within this time
@@ -64,8 +65,8 @@ log = logging.getLogger(__name__)
 
 # ---- Settings
 
-# A setting that is missing or cannot be used ends the script with one line. If the module
-# is imported, it raises a ValueError instead.
+# A setting that is missing or cannot be used ends the script with one line. On an import, it
+# raises a ValueError.
 SettingError = SystemExit if __name__ == "__main__" else ValueError
 
 required = ["REDIS_URL", "DB_HOST", "DB_USER", "DB_PASS", "DB_NAME"]
@@ -112,6 +113,8 @@ def record(key, sql, args=None, ttl=None):
     not cached and the query fails. On a hit, the columns can be in another order.
     """
     ttl = ttl_in_seconds(ttl)
+    if "}" in key:
+        raise ValueError("a key must not contain a }, see lock_key: " + key)
 
     def read(client):
         fields = client.hgetall(key)
@@ -129,7 +132,7 @@ def record(key, sql, args=None, ttl=None):
         fields = NO_ROW
         if row is not None:
             fields = {name: to_json(value) for name, value in row.items()}
-        pipe.hset(key, mapping=fields)
+        pipe.hset(key, mapping=fields)  # the hash is new, because read found none
         pipe.expire(key, ttl)
 
     return cache_aside(key, read, load, store)
@@ -183,9 +186,9 @@ def ttl_in_seconds(ttl):
 # - The lock is a key in Redis, which only one caller can have. The others wait for its result.
 # - A save deletes the lock, and only the caller that still has it can store. So a slow reader
 #   cannot store an old result.
-# - If Redis is out of reach, this process does not use it for REDIS_PAUSE: the pause. In a
-#   pause, a call loads its result without a lock, and does not store it. But a save still
-#   tries to delete its keys, and a caller that has a lock still tries to release it.
+# - If Redis is out of reach, this process does not use it for REDIS_PAUSE. In such a pause, a
+#   call loads its result without a lock, and does not store it. But a save still tries to
+#   delete its keys, and a caller that has a lock still tries to release it.
 
 
 def cache_aside(key, read, load, store):
@@ -194,12 +197,13 @@ def cache_aside(key, read, load, store):
     read(client) returns the result that is in Redis, or MISS. load() returns the result
     from MySQL. store(pipe, result) stores it in Redis.
     """
+    last_pause = paused_until
     result, lock = look_up_or_lock(key, read)
     try:
         if result is MISS:
             result = load()
-            # Do not store in a pause: a save may have failed to delete the lock.
-            if lock and not redis_is_paused():
+            # Do not store if a pause has begun: a save may have failed to delete the lock.
+            if lock and paused_until == last_pause:
                 store_if_locked(lock, store, result)
         return result
     finally:
@@ -213,7 +217,7 @@ def look_up_or_lock(key, read):
     Returns two values:
     - result, None: a hit, at once or after waiting.
     - MISS, lock: a miss. The caller must load, store and release the lock.
-    - result, lock: the result was stored just before this caller got the lock.
+    - result, lock: this is rare. The result was stored just before this caller got the lock.
     - MISS, None: Redis has failed, or the caller has waited for MAX_WAIT. It must load.
 
     If a load fails, the next caller gets the lock. If a process dies, its lock expires after
@@ -273,13 +277,15 @@ def store_if_locked(lock, store, result):
     """
     try:
         with lock.redis.pipeline(transaction=True) as pipe:
-            pipe.watch(lock.name)  # if the lock is lost after this, execute() fails
-            if lock.owned():  # if it was lost before, this is False
+            # If the lock is lost before WATCH, owned() is False. If it is lost after WATCH,
+            # execute() raises a WatchError. (owned() uses a connection of its own.)
+            pipe.watch(lock.name)
+            if lock.owned():
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them out together
     except redis.WatchError:
-        pass  # the lock was lost. (Or the connection: if Redis fails, release reports it.)
+        pass  # a save has deleted the lock, or it has expired
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
@@ -300,7 +306,7 @@ def invalidate(key):
         redis_client().delete(key, lock_key(key))
     except REDIS_ERRORS as error:
         warn("a key in Redis may stay old until it expires", error)
-        pause_redis()  # so that save_planet, which reads next, uses MySQL
+        pause_redis()  # so that the next reads use MySQL
 
 
 def lock_key(key):
@@ -309,8 +315,6 @@ def lock_key(key):
     In a cluster, a transaction needs both keys on one node. The braces make Redis choose
     the node of planet:1. They end at the first }, so a key must not contain one.
     """
-    if "}" in key:
-        raise ValueError("a key must not contain a }: " + key)
     return "lock:{" + key + "}"
 
 
@@ -333,22 +337,18 @@ def encode(value):
     return {name: convert(value)}
 
 
-def map_values(function, values):
-    """Call the function for each value that is not None."""
-    return [None if value is None else function(value) for value in values]
-
-
 def encode_column(values):
-    """[Decimal("1.50"), None] -> {"Decimal": ["1.50", None]}
+    """[Decimal("1.50"), Decimal("2")] -> {"Decimal": ["1.50", "2"]}
 
-    A column with several types is returned as it is. The encoder then calls encode.
+    A column with several types, or with NULLs, is returned as it is. Then encode is called
+    for each of its values.
     """
-    types = {type(value).__name__ for value in values} - {"NoneType"}
-    name = types.pop() if len(types) == 1 else None
+    types = set(map(type, values))
+    name = types.pop().__name__ if len(types) == 1 else None
     if name not in CODECS:
         return values
     convert, _ = CODECS[name]
-    return {name: map_values(convert, values)}
+    return {name: [convert(value) for value in values]}
 
 
 def decode(encoded):
@@ -356,7 +356,7 @@ def decode(encoded):
     [(name, stored)] = encoded.items()  # raises a ValueError if there are two names
     _, restore = CODECS[name]
     if isinstance(stored, list):  # a column
-        return map_values(restore, stored)
+        return [restore(value) for value in stored]
     return restore(stored)
 
 
@@ -415,11 +415,9 @@ def redis_client():
     redis-py lends a connection to one thread at a time, and makes new ones after a fork.
     """
     client = redis.Redis.from_url(**REDIS_OPTIONS)
-    info = {}
     with suppress(NoPermissionError):  # without INFO, only a single node can be used
-        info = client.info("cluster")
-    if info.get("cluster_enabled"):
-        client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
+        if client.info("cluster").get("cluster_enabled"):
+            return redis.RedisCluster.from_url(**REDIS_OPTIONS)
     return client
 
 
@@ -528,8 +526,8 @@ def restrict_session(connection):
     That is a SELECT after MYSQL_TIMEOUT, and a wait for a lock after 2 seconds. MariaDB and
     MySQL name the first of these limits differently.
     """
-    rows = connection.cursor().execute("SHOW VARIABLES LIKE 'max_statement_time'")
-    if rows:  # how many rows there are
+    # execute returns the number of rows.
+    if connection.cursor().execute("SHOW VARIABLES LIKE 'max_statement_time'"):
         limit = f"max_statement_time = {MYSQL_TIMEOUT}"
     else:
         limit = f"max_execution_time = {MYSQL_TIMEOUT * 1000}"  # in milliseconds
@@ -551,7 +549,7 @@ def query(sql, args=None):
 
 
 def write(sql, args=None):
-    """Run one statement that changes data, and commit. Raises pymysql.Error.
+    """Run one INSERT, UPDATE, DELETE or REPLACE, and commit. Raises pymysql.Error.
 
     Returns the id of a new row (AUTO_INCREMENT), or None. After it, even if it has raised
     an error, invalidate the keys of the rows that it changes or inserts.
@@ -593,9 +591,8 @@ def execute(connection, sql, args):
 #
 # While MySQL is slow:
 # - A call that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
-# - If MySQL hangs, a miss raises an error after about 30 s at most. A caller waits up to
-#   MAX_WAIT for another one to load. Then it waits up to MYSQL_TIMEOUT for a free connection,
-#   as long for the reply to a ping, and as long again for a new connection.
+# - If MySQL hangs, a miss raises an error after about 30 s at most: up to 15 s of waiting for
+#   another caller, 5 s for a free connection, 5 s for a ping, and 5 s for a new connection.
 # - Callers that have waited for MAX_WAIT query MySQL at the same time.
 #
 # Keys do not name the database: give each database a Redis of its own.

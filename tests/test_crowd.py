@@ -120,7 +120,9 @@ def test_a_caller_whose_second_look_fails_releases_the_lock(example, cache):
     assert not cache.exists("lock:{planet:1}")
 
 
-def test_a_caller_does_not_store_in_a_pause(example, cache):
+@pytest.mark.parametrize("pause", [5, 0], ids=["in a pause", "after a pause"])
+def test_a_caller_does_not_store_if_a_pause_has_begun(pause, example, cache):
+    example.REDIS_PAUSE = pause
     query = example.query
     example.query = lambda *args: (query(*args), example.pause_redis())[0]
     assert example.planet(1) == MERCURY
