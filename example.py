@@ -5,7 +5,7 @@ hash, and planet(id) shows how to use it. On a miss, they load the result from M
 store it in Redis for TTL seconds.
 
 The seven-line version is GET; on a miss, the query, and SETEX. What this adds, and where:
-- If many callers miss the same key, one loads and the others wait (look_up_or_lock).
+- If many callers miss the same key, one loads and the others wait (cache_aside).
 - A slow reader does not undo a save (store_if_locked).
 - If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
   most once a minute for each kind of error, without data or passwords (warn).
@@ -60,6 +60,7 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
+paused_until = 0  # Redis is not used before this time.monotonic(), see pause_redis
 
 log = logging.getLogger(__name__)
 
@@ -196,47 +197,40 @@ def cache_aside(key, read, load, store):
 
     read(client) returns the result that is in Redis, or MISS. load() returns the result
     from MySQL. store(pipe, result) stores it in Redis.
+
+    If another caller has the lock, wait for its result. If its load fails, the next one gets
+    the lock. If its process dies, the lock expires after LOCK_TTL. A caller that has waited
+    for MAX_WAIT loads without a lock.
     """
-    last_pause = paused_until
-    result, lock = look_up_or_lock(key, read)
-    try:
-        if result is MISS:
-            result = load()
-            # Do not store if a pause has begun: a save may have failed to delete the lock.
-            if lock and paused_until == last_pause:
-                store_if_locked(lock, store, result)
-        return result
-    finally:
-        if lock:
-            release(lock)
-
-
-def look_up_or_lock(key, read):
-    """Look in Redis. After a miss, take the lock, or wait for the caller that has it.
-
-    Returns two values:
-    - result, None: a hit, at once or after waiting.
-    - MISS, lock: a miss. The caller must load, store and release the lock.
-    - result, lock: this is rare. The result was stored just before this caller got the lock.
-    - MISS, None: Redis has failed, or the caller has waited for MAX_WAIT. It must load.
-
-    If a load fails, the next caller gets the lock. If a process dies, its lock expires after
-    LOCK_TTL.
-    """
-    lock = None
     deadline = time.monotonic() + MAX_WAIT
     try:
         while not redis_is_paused() and time.monotonic() < deadline:
             result = look_up(key, read)
             if result is not MISS:
-                return result, None
+                return result
             lock = take_lock(key)
             if lock:
-                return look_up(key, read), lock  # the result may be there by now
+                return load_with_lock(lock, key, read, load, store)
             time.sleep(POLL_EVERY)
     except REDIS_ERRORS as error:
         handle_redis_error(error)
-    return MISS, lock
+    return load()
+
+
+def load_with_lock(lock, key, read, load, store):
+    """Load the result and store it, if it is still not in Redis. Release the lock."""
+    paused_before = paused_until
+    try:
+        # Look again: another caller may have stored it just before this one got the lock.
+        result = look_up(key, read)
+        if result is MISS:
+            result = load()
+            # If a pause has begun meanwhile, a save may have failed to delete the lock.
+            if paused_until == paused_before:
+                store_if_locked(lock, store, result)
+        return result
+    finally:
+        release(lock)
 
 
 def take_lock(key):
@@ -253,7 +247,7 @@ def look_up(key, read):
     except Exception as error:
         wrong_type = "WRONGTYPE" in str(error)  # the key holds, for example, a list
         if isinstance(error, REDIS_ERRORS) and not wrong_type:
-            raise  # Redis has failed, and look_up_or_lock handles it
+            raise  # Redis has failed, and cache_aside handles it
         # Only the type of the error is logged, because its text can quote the value.
         warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
         client.delete(key)
@@ -331,7 +325,7 @@ CODECS = {
 
 
 def encode(value):
-    """Decimal("1.50") -> {"Decimal": "1.50"}"""
+    """Decimal("1.50") -> {"Decimal": "1.50"}. Raises KeyError for a type not in CODECS."""
     name = type(value).__name__
     convert, _ = CODECS[name]
     return {name: convert(value)}
@@ -404,7 +398,6 @@ PAUSING_ERRORS = (
     redis.RedisClusterException,
     ClusterDownError,
 )
-paused_until = 0  # the time.monotonic() at which Redis is used again
 warned_at = {}  # warning -> the time.monotonic() at which it was logged
 
 
@@ -595,7 +588,8 @@ def execute(connection, sql, args):
 #   another caller, 5 s for a free connection, 5 s for a ping, and 5 s for a new connection.
 # - Callers that have waited for MAX_WAIT query MySQL at the same time.
 #
-# Keys do not name the database: give each database a Redis of its own.
+# Keys do not name the database or the program, and a value of another type is deleted. Give
+# each database a Redis of its own, or one of the numbered databases in Redis.
 
 # ---- The demonstration
 
