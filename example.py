@@ -174,7 +174,8 @@ def fetch_key(sql, args=None):
 def ttl_in_seconds(ttl):
     """Return ttl as a whole number, or TTL if it is None."""
     ttl = int(TTL if ttl is None else ttl)
-    if not 0 < ttl < 2**31:  # EXPIRE would refuse it, and the hash would never expire
+    # With 0, EXPIRE deletes a hash at once. If it refuses a number, the hash never expires.
+    if not 0 < ttl < 2**31:
         raise ValueError(f"not a number of seconds: {ttl}")
     return ttl
 
@@ -217,14 +218,14 @@ def cache_aside(key, read, load, store):
 
 def load_with_lock(lock, key, read, load, store):
     """Load the result and store it, if it is still not in Redis. Release the lock."""
-    start = time.monotonic()
+    started = time.monotonic()
     try:
         # Look again: another caller may have stored it just before this one got the lock.
         result = look_up(key, read)
         if result is MISS:
             result = load()
-            # In a pause, a save can fail to delete the lock. So do not store after one.
-            if paused_until < start:
+            # If there was a pause meanwhile, a save may have failed to delete the lock.
+            if paused_until < started:
                 store_if_locked(lock, store, result)
         return result
     finally:
@@ -276,8 +277,6 @@ def store_if_locked(lock, store, result):
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them out together
-    except redis.WatchError:
-        pass  # a save has deleted the lock, or it has expired
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
@@ -286,8 +285,6 @@ def release(lock):
     """Delete the lock, if this caller still has it."""
     try:
         lock.release()
-    except LockError:
-        pass  # the lock was lost
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
@@ -335,9 +332,8 @@ def encode_column(values):
     A column with several types, or with NULLs, is returned as it is. Then encode is called
     for each of its values.
     """
-    types = set(map(type, values))
-    name = types.pop().__name__
-    if types or name not in CODECS:  # there is another type, or JSON has this one
+    name = type(values[0]).__name__
+    if name not in CODECS or len(set(map(type, values))) > 1:
         return values
     convert, _ = CODECS[name]
     return {name: [convert(value) for value in values]}
@@ -430,6 +426,8 @@ def pause_redis():
 
 def handle_redis_error(error):
     """Log a warning, and pause if Redis is out of reach."""
+    if isinstance(error, (redis.WatchError, LockError)):
+        return  # the lock was lost: a save has deleted it, or it has expired
     warn(f"Redis failed with a {type(error).__name__}", error)
     if isinstance(error, PAUSING_ERRORS):
         pause_redis()
@@ -514,8 +512,8 @@ def connect_if_closed(connection):
 def restrict_session(connection):
     """Make the session read-only, and let MySQL end what takes too long.
 
-    That is a SELECT after MYSQL_TIMEOUT, and a wait for a lock after 2 seconds. MariaDB and
-    MySQL name the first of these limits differently.
+    It ends a SELECT after MYSQL_TIMEOUT, and a wait for a lock after 2 seconds. MariaDB and
+    MySQL have different names for the limit of a SELECT.
     """
     # execute returns the number of rows.
     if connection.cursor().execute("SHOW VARIABLES LIKE 'max_statement_time'"):
@@ -546,7 +544,7 @@ def write(sql, args=None):
     an error, invalidate the keys of the rows that it changes or inserts.
     """
     with mysql_connection() as connection:
-        # This is for the next transaction only, which is the one statement of this call.
+        # READ WRITE is for the next transaction only, which is the statement of this call.
         connection.query("SET TRANSACTION READ WRITE")
         return execute(connection, sql, args).lastrowid or None
 
