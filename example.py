@@ -149,9 +149,12 @@ def planet(id):
 def save_planet(id, name):
     """Insert or rename a planet in MySQL, and return the new record.
 
-    Raises pymysql.Error if MySQL fails. The planet may be saved nevertheless.
+    Raises ValueError if no planet can have this id. Raises pymysql.Error if MySQL fails.
+    The planet may be saved nevertheless.
     """
     id = int(str(id))
+    if not 0 < id < 2**32:  # MySQL could save the planet under another id
+        raise ValueError(f"not the id of a planet: {id}")
     sql = "INSERT INTO planet SET id = %s, name = %s ON DUPLICATE KEY UPDATE name = %s"
     try:
         write(sql, (id, name, name))
@@ -568,13 +571,14 @@ def execute(connection, sql, args):
 #   TTL. A slow reader may store it once more, up to LOCK_TTL later.
 # - If MySQL commits a change only after the caller has got an error, invalidate was too early.
 #   A reader may have stored the old record before the commit. It stays for its TTL.
+# - If DB_HOST leads to a replica, a reader may store an old record after invalidate.
 #
 # While Redis fails:
 # - If it is out of reach or full, callers do not wait for one another. But each process runs
 #   at most MAX_CONNECTIONS queries at a time in MySQL.
 # - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all keys
-#   for REDIS_PAUSE. A result of many MB can cause that each time it is read, and so can one
-#   node of a cluster. The look-up of a host name can take longer than REDIS_TIMEOUT.
+#   for REDIS_PAUSE. One node of a cluster can cause that, and so can a result of many MB,
+#   each time it is read. The look-up of a host name can take longer than REDIS_TIMEOUT.
 # - If the reply that gives a caller the lock is late, nobody can release this lock. Other
 #   callers wait until it expires after LOCK_TTL.
 # - If it grants locks but refuses to store, callers load one after the other. After MAX_WAIT,
@@ -586,8 +590,10 @@ def execute(connection, sql, args):
 #   another caller, 5 s for a free connection, 5 s for a ping, and 5 s for a new connection.
 # - Callers that have waited for MAX_WAIT query MySQL at the same time.
 #
-# Keys do not name the database or the program, and a value of another type is deleted. Give
-# each database a Redis of its own, or one of the numbered databases in Redis.
+# Rights:
+# - Keys do not name the database or the program, and a value of another type is deleted. Give
+#   each database a Redis of its own, or one of the numbered databases in Redis.
+# - A stored procedure can make a session writable. Give DB_USER only the rights it needs.
 
 # ---- The demonstration
 
