@@ -58,7 +58,7 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-paused_until = 0  # Redis is not used before this time.monotonic(), see pause_redis
+paused_until = 0  # results are not looked up in Redis before this time.monotonic()
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +112,6 @@ def record(key, sql, args=None, ttl=None):
     not cached and the query fails. On a hit, the columns can be in another order.
     """
     ttl = ttl_in_seconds(ttl)
-    if "}" in key:
-        raise ValueError("a key must not contain a }, see lock_key: " + key)
 
     def read(client):
         fields = client.hgetall(key)
@@ -206,7 +204,7 @@ def cache_aside(key, read, load, store):
     """
     deadline = time.monotonic() + MAX_WAIT
     try:
-        while not redis_is_paused() and time.monotonic() < deadline:
+        while paused_until <= time.monotonic() < deadline:
             result = look_up(key, read)
             if result is not MISS:
                 return result
@@ -307,6 +305,8 @@ def lock_key(key):
     In a cluster, a transaction needs both keys on one node. The braces make Redis choose
     the node of planet:1. They end at the first }, so a key must not contain one.
     """
+    if "}" in key:
+        raise ValueError("a key must not contain a }: " + key)
     return "lock:{" + key + "}"
 
 
@@ -329,17 +329,23 @@ def encode(value):
     return {name: convert(value)}
 
 
-def encode_column(values):
-    """[Decimal("1.50"), Decimal("2")] -> {"Decimal": ["1.50", "2"]}
+def map_values(function, values):
+    """Call the function for each value that is not None."""
+    return [None if value is None else function(value) for value in values]
 
-    A column with several types, or with NULLs, is returned as it is. Then encode is called
-    for each of its values.
+
+def encode_column(values):
+    """[Decimal("1.50"), None] -> {"Decimal": ["1.50", None]}
+
+    A column with several types is returned as it is. The JSON encoder then calls encode for
+    each value of a type that JSON lacks.
     """
-    name = type(values[0]).__name__
-    if name not in CODECS or len(set(map(type, values))) > 1:
+    types = set(map(type, values)) - {type(None)}
+    name = types.pop().__name__ if len(types) == 1 else None
+    if name not in CODECS:
         return values
     convert, _ = CODECS[name]
-    return {name: [convert(value) for value in values]}
+    return {name: map_values(convert, values)}
 
 
 def decode(encoded):
@@ -347,7 +353,7 @@ def decode(encoded):
     [(name, stored)] = encoded.items()  # raises a ValueError if there are two names
     _, restore = CODECS[name]
     if isinstance(stored, list):  # a column
-        return [restore(value) for value in stored]
+        return map_values(restore, stored)
     return restore(stored)
 
 
@@ -411,10 +417,6 @@ def redis_client():
     return client
 
 
-def redis_is_paused():
-    return time.monotonic() < paused_until
-
-
 def pause_redis():
     """Do not use Redis for REDIS_PAUSE, and then connect again.
 
@@ -422,15 +424,18 @@ def pause_redis():
     Redis out of use.
     """
     global paused_until
-    if not redis_is_paused():
+    now = time.monotonic()
+    if paused_until <= now:
         redis_client.cache_clear()  # the next call makes a new client
-        paused_until = time.monotonic() + REDIS_PAUSE
+        paused_until = now + REDIS_PAUSE
 
 
 def handle_redis_error(error):
     """Log a warning, and pause if Redis is out of reach."""
-    if isinstance(error, (redis.WatchError, LockError)):
-        return  # the lock was lost: a save has deleted it, or it has expired
+    # These mean that the lock was lost: a save has deleted it, or it has expired. (redis-py
+    # raises a WatchError with another text if the connection is lost.)
+    if isinstance(error, LockError) or "Watched variable changed" in str(error):
+        return
     warn(f"Redis failed with a {type(error).__name__}", error)
     if isinstance(error, PAUSING_ERRORS):
         pause_redis()

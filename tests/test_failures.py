@@ -13,6 +13,7 @@ from tools import (
     Worker,
     begin,
     holders,
+    is_paused,
     is_well,
     outcomes,
     plain,
@@ -79,7 +80,7 @@ def test_a_redis_that_is_down_costs_almost_nothing_and_is_reported_once(
 ):
     own_redis.kill()
     assert is_right(cached) < 1
-    assert cached.redis_is_paused()
+    assert is_paused(cached)
     times = [is_right(cached) for _ in range(100)]
     assert sorted(times)[50] < 0.005
     assert max(times) < 0.25  # the machine may be busy with something else
@@ -166,7 +167,7 @@ def lost_in_ten_seconds(fault, nodes, module):
             time.sleep(0.05)
     for id in ids:  # on whichever node: one that works reports CLUSTERDOWN
         module.paused_until = 0
-        assert module.planet(id)["id"] == id and module.redis_is_paused()
+        assert module.planet(id)["id"] == id and is_paused(module)
     nodes[-1].start() if fault == "kill" else nodes[-1].resume()
     wait_until(lambda: len(nodes) == 1 or all(map(is_well, nodes)))
     # By now the records from before have expired.
@@ -233,7 +234,7 @@ def test_a_loaded_result_is_not_loaded_again(fault, moment, cached, own_redis, d
     before = selects(db)
     result, seconds = timed(cached.planet, 1)
     assert (result, selects(db)) == (MERCURY, before + 1)
-    assert cached.redis_is_paused()
+    assert is_paused(cached)
     assert seconds < 1.5  # to store and to release the lock are several timeouts
 
 
@@ -354,11 +355,13 @@ def test_a_value_that_cannot_be_read_is_a_miss_is_replaced_and_is_reported(
     assert not any(word in warning for word in ("Mercu", "Planted", "exit"))
 
 
-def test_a_connection_lost_before_exec_costs_no_result(example, cache):
+def test_a_connection_lost_before_exec_is_reported(example, cache, caplog):
     rows_to_json = example.rows_to_json
     kill = lambda: cache.client_kill_filter(_type="normal", skipme=True)
     example.rows_to_json = lambda rows: (rows_to_json(rows), kill())[0]
     assert example.fetch("SELECT 1 AS x") == [{"x": 1}]
+    (warning,) = warnings(caplog, example)
+    assert "while watching" in warning
     assert not cache.keys()  # the lock is gone
 
 
@@ -370,7 +373,7 @@ def test_a_mistake_in_a_decoder_or_a_key_is_reported(example, cache, caplog):
     assert "AttributeError" in warning
     assert example.record(("planet", 1), "SELECT 1 AS x") == {"x": 1}
     assert "tuple" in warnings(caplog, example)[1]
-    assert not example.redis_is_paused()
+    assert not is_paused(example)
 
 
 def test_if_the_process_that_loads_is_killed_another_one_loads(at_once):
