@@ -48,7 +48,7 @@ from redis.exceptions import ClusterDownError, LockError, NoPermissionError
 TTL = 10  # how long Redis keeps a result
 REDIS_TIMEOUT = 0.2  # the longest wait for the next data from Redis
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
-MYSQL_TIMEOUT = 5  # the longest wait for the next data from MySQL, in whole seconds
+MYSQL_TIMEOUT = 5  # the longest wait for the next data from MySQL
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
 LOCK_TTL = 2 * MYSQL_TIMEOUT  # a lock expires after this; a slower load is not stored
 MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT  # how long callers wait for another one's result
@@ -204,7 +204,7 @@ def cache_aside(key, read, load, store):
     """
     deadline = time.monotonic() + MAX_WAIT
     try:
-        while paused_until <= time.monotonic() < deadline:
+        while not redis_is_paused() and time.monotonic() < deadline:
             result = look_up(key, read)
             if result is not MISS:
                 return result
@@ -225,7 +225,8 @@ def load_with_lock(lock, key, read, load, store):
         result = look_up(key, read)
         if result is MISS:
             result = load()
-            # If there was a pause meanwhile, a save may have failed to delete the lock.
+            # If there was a pause meanwhile, a save may have failed to delete the lock. The
+            # last pause ends, or has ended, at paused_until.
             if paused_until < started:
                 store_if_locked(lock, store, result)
         return result
@@ -417,6 +418,10 @@ def redis_client():
     return client
 
 
+def redis_is_paused():
+    return time.monotonic() < paused_until
+
+
 def pause_redis():
     """Do not use Redis for REDIS_PAUSE, and then connect again.
 
@@ -424,10 +429,9 @@ def pause_redis():
     Redis out of use.
     """
     global paused_until
-    now = time.monotonic()
-    if paused_until <= now:
+    if not redis_is_paused():
         redis_client.cache_clear()  # the next call makes a new client
-        paused_until = now + REDIS_PAUSE
+        paused_until = time.monotonic() + REDIS_PAUSE
 
 
 def handle_redis_error(error):
@@ -520,14 +524,15 @@ def connect_if_closed(connection):
 def restrict_session(connection):
     """Make the session read-only, and let MySQL end what takes too long.
 
-    It ends a SELECT after MYSQL_TIMEOUT, and a wait for a lock after 2 seconds. MariaDB and
-    MySQL have different names for the limit of a SELECT.
+    It ends a SELECT just before MYSQL_TIMEOUT, because PyMySQL's timeout would not end it. It
+    ends a wait for a lock after 2 seconds. MariaDB and MySQL name the first limit differently.
     """
+    seconds = MYSQL_TIMEOUT - 0.1
     # execute returns the number of rows.
     if connection.cursor().execute("SHOW VARIABLES LIKE 'max_statement_time'"):
-        limit = f"max_statement_time = {MYSQL_TIMEOUT}"
+        limit = f"max_statement_time = {seconds}"
     else:
-        limit = f"max_execution_time = {MYSQL_TIMEOUT * 1000}"  # in milliseconds
+        limit = f"max_execution_time = {1000 * seconds:.0f}"  # in milliseconds
     connection.query(
         f"SET SESSION {limit}, innodb_lock_wait_timeout = 2, lock_wait_timeout = 2"
     )
@@ -576,6 +581,7 @@ def execute(connection, sql, args):
 #   TTL. A slow reader may store it once more, up to LOCK_TTL later.
 # - If MySQL commits a change only after the caller has got an error, invalidate was too early.
 #   A reader may have stored the old record before the commit. It stays for its TTL.
+# - Keys that are stored at the same time expire at the same time.
 # - If DB_HOST leads to a replica, a reader may store an old record after invalidate.
 #
 # While Redis fails:

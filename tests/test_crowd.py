@@ -6,16 +6,7 @@ import time
 import pytest
 import redis
 from conftest import servers
-from tools import (
-    MERCURY,
-    Sent,
-    Worker,
-    begin,
-    is_paused,
-    outcomes,
-    selects,
-    start_crowd,
-)
+from tools import MERCURY, Sent, Worker, begin, outcomes, selects, start_crowd
 
 SLOW = "SELECT 'slow' AS speed, SLEEP(0.2) AS slept"
 NONE = "SELECT name FROM planet WHERE id = 99"
@@ -125,7 +116,7 @@ def test_a_caller_whose_second_look_fails_releases_the_lock(example, cache):
 
     example.look_up = first
     assert example.planet(1) == MERCURY
-    assert is_paused(example)
+    assert example.redis_is_paused()
     assert not cache.exists("lock:{planet:1}")
 
 

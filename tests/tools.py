@@ -32,11 +32,6 @@ def wait_until(condition, seconds=10):
     return time.monotonic() - start
 
 
-def is_paused(module):
-    """Whether the module does not use Redis now, because Redis has failed."""
-    return time.monotonic() < module.paused_until
-
-
 def selects(db):
     """The number of SELECTs that MySQL has received from all its clients."""
     db.execute("SHOW GLOBAL STATUS LIKE 'Com_select'")
