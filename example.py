@@ -225,9 +225,8 @@ def load_with_lock(lock, key, read, load, store):
         result = look_up(key, read)
         if result is MISS:
             result = load()
-            # If there was a pause meanwhile, a save may have failed to delete the lock. The
-            # last pause ends, or has ended, at paused_until.
-            if paused_until < started:
+            # If Redis was paused meanwhile, a save may have failed to delete the lock.
+            if not redis_was_paused_since(started):
                 store_if_locked(lock, store, result)
         return result
     finally:
@@ -297,7 +296,7 @@ def invalidate(key):
         redis_client().delete(key, lock_key(key))
     except REDIS_ERRORS as error:
         warn("a key in Redis may stay old until it expires", error)
-        pause_redis()  # so that this process reads from MySQL
+        pause_redis()  # so that this process reads from MySQL meanwhile
 
 
 def lock_key(key):
@@ -420,6 +419,10 @@ def redis_client():
 
 def redis_is_paused():
     return time.monotonic() < paused_until
+
+
+def redis_was_paused_since(moment):
+    return moment < paused_until  # the end of the last pause
 
 
 def pause_redis():
