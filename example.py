@@ -147,8 +147,8 @@ def planet(id):
 def save_planet(id, name):
     """Insert or rename a planet in MySQL, and return the new record.
 
-    Raises ValueError if no planet can have this id. Raises pymysql.Error if MySQL fails.
-    The planet may be saved nevertheless.
+    This does not remove what fetch has cached. Raises ValueError if no planet can have this
+    id. Raises pymysql.Error if MySQL fails. The planet may be saved nevertheless.
     """
     id = int(str(id))
     if not 0 < id < 2**32:  # MySQL could save the planet under another id
@@ -296,7 +296,7 @@ def invalidate(key):
         redis_client().delete(key, lock_key(key))
     except REDIS_ERRORS as error:
         warn("a key in Redis may stay old until it expires", error)
-        pause_redis()  # so that this process reads from MySQL meanwhile
+        pause_redis()  # during the pause, this process reads from MySQL
 
 
 def lock_key(key):
@@ -577,8 +577,8 @@ def execute(connection, sql, args):
 #
 # How old a result can be:
 # - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
-#   invalidate removes it. save_planet does not remove what fetch has cached. The TTL begins
-#   when the result is stored, which can be as late as LOCK_TTL after it was loaded.
+#   invalidate removes it. The TTL begins when the result is stored, which can be as late as
+#   LOCK_TTL after it was loaded.
 # - invalidate can fail to remove a record, if Redis is out of reach, refuses the removal, or
 #   loses it in a failover, or if the process dies first. Then the old record stays for its
 #   TTL. A slow reader may store it once more, up to LOCK_TTL later.
