@@ -10,8 +10,8 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
 - If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
   most once a minute for each kind of error, without data or passwords (warn).
 - A value that cannot be read is replaced, and a warning is logged (look_up).
-- A hit returns what the miss returned, in values and types (encode). 10,000 rows come six
-  times as fast as from MySQL (encode_column). A value in Redis cannot run code.
+- A hit returns what the miss returned, in values and types (encode). 10,000 rows come about
+  six times as fast as from MySQL (encode_column). A value in Redis cannot run code.
 - Every key expires, even if a process dies between two commands (store_if_locked).
 - A process opens at most MAX_CONNECTIONS to MySQL, each used by one caller at a time. One
   that MySQL has closed is replaced (mysql_connection). A query cannot change data, and MySQL
@@ -107,7 +107,7 @@ NO_ROW = {"absent": ""}
 def record(key, sql, args=None, ttl=None):
     """Return one row as a dict, or None if there is no such row.
 
-    key: the key in Redis, different for each sql and args, without a }, see lock_key.
+    key: the key in Redis. Each row needs another one. It must not contain a }, see lock_key.
     sql: a SELECT of one row. args, ttl: as for fetch. Raises pymysql.Error if the row is
     not cached and the query fails. On a hit, the columns can be in another order.
     """
@@ -129,7 +129,8 @@ def record(key, sql, args=None, ttl=None):
         fields = NO_ROW
         if row is not None:
             fields = {name: to_json(value) for name, value in row.items()}
-        pipe.hset(key, mapping=fields)  # no old fields remain, because read found none
+        # No old fields remain: this caller has the lock, and read has found no hash.
+        pipe.hset(key, mapping=fields)
         pipe.expire(key, ttl)
 
     return cache_aside(key, read, load, store)
@@ -151,7 +152,8 @@ def save_planet(id, name):
     id. Raises pymysql.Error if MySQL fails. The planet may be saved nevertheless.
     """
     id = int(str(id))
-    if not 0 < id < 2**32:  # MySQL could save the planet under another id
+    # For 0, MySQL would take the next free id, and it can reduce an id that is too large.
+    if not 0 < id < 2**32:
         raise ValueError(f"not the id of a planet: {id}")
     sql = "INSERT INTO planet SET id = %s, name = %s ON DUPLICATE KEY UPDATE name = %s"
     try:
@@ -175,7 +177,7 @@ def fetch_key(sql, args=None):
 def ttl_in_seconds(ttl):
     """Return ttl as a whole number, or TTL if it is None."""
     ttl = int(TTL if ttl is None else ttl)
-    # With 0, EXPIRE deletes a hash at once. If it refuses a number, the hash never expires.
+    # EXPIRE deletes a hash at once for 0. It fails for a huge number, and the hash stays.
     if not 0 < ttl < 2**31:
         raise ValueError(f"not a number of seconds: {ttl}")
     return ttl
@@ -510,7 +512,7 @@ def mysql_connection():
         connect_if_closed(connection)
         yield connection
     except BaseException:
-        connection.close()  # its state is unknown. It goes back, and is opened again.
+        connection.close()  # its state is unknown; connect_if_closed opens it again
         raise
     finally:
         pool.put(connection)
@@ -588,15 +590,15 @@ def execute(connection, sql, args):
 # - If DB_HOST leads to a replica, a reader may store an old record after invalidate.
 #
 # While Redis fails:
-# - If it is out of reach or full, callers do not wait for one another. But each process runs
+# - If Redis is out of reach or full, callers do not wait for one another. But each process runs
 #   at most MAX_CONNECTIONS queries at a time in MySQL.
 # - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all keys
 #   for REDIS_PAUSE. One node of a cluster can cause that, and so can a result of many MB,
 #   each time it is read. The look-up of a host name can take longer than REDIS_TIMEOUT.
 # - If the reply that gives a caller the lock is late, nobody can release this lock. Other
 #   callers wait until it expires after LOCK_TTL.
-# - If it grants locks but refuses to store, callers load one after the other. After MAX_WAIT,
-#   they no longer wait.
+# - If Redis grants locks but refuses to store, callers load one after the other, for up to
+#   MAX_WAIT.
 #
 # While MySQL is slow:
 # - A call that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
