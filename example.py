@@ -85,7 +85,7 @@ def fetch(sql, args=None, ttl=None):
     key = fetch_key(sql, args)
     ttl = ttl_in_seconds(ttl)
 
-    # These three are the steps of cache_aside, below.
+    # cache_aside calls these three.
 
     def read(client):
         text = client.get(key)
@@ -107,7 +107,7 @@ NO_ROW = {"absent": ""}
 def record(key, sql, args=None, ttl=None):
     """Return one row as a dict, or None if there is no such row.
 
-    key: the key in Redis. Each row needs another one. It must not contain a }, see lock_key.
+    key: the key in Redis. Each row needs its own. It must not contain a }, see lock_key.
     sql: a SELECT of one row. args, ttl: as for fetch. Raises pymysql.Error if the row is
     not cached and the query fails. On a hit, the columns can be in another order.
     """
@@ -152,7 +152,7 @@ def save_planet(id, name):
     id. Raises pymysql.Error if MySQL fails. The planet may be saved nevertheless.
     """
     id = int(str(id))
-    # For 0, MySQL would take the next free id, and it can reduce an id that is too large.
+    # For 0, MySQL takes the next free id. For one that is too large, it may take 2**32 - 1.
     if not 0 < id < 2**32:
         raise ValueError(f"not the id of a planet: {id}")
     sql = "INSERT INTO planet SET id = %s, name = %s ON DUPLICATE KEY UPDATE name = %s"
