@@ -81,6 +81,21 @@ def test_the_example_for_a_program_runs(example, cache, monkeypatch):
     assert not cache.keys()  # it has invalidated what it has fetched
 
 
+def test_the_functions_for_customers_use_one_id_for_the_key_and_the_row(
+    example, db, cache, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "example", example)
+    db.execute("INSERT INTO customer (id, name) VALUES (1, 'Ada'), (10, 'Bob')")
+    customers = {}
+    exec(blocks("py")[1], customers)  # noqa: S102
+    assert customers["customer"]("1_0")["id"] == 10  # MySQL would take the text for 1
+    customers["change_email"]("1_0", "bob@example.com")
+    assert customers["customer"](10)["email"] == "bob@example.com"
+    customers["delete_customer"]("1_0")
+    assert customers["customer"](10) is None
+    assert customers["customer"](1)["name"] == "Ada"
+
+
 # ---- commands and what they print
 
 
