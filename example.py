@@ -14,8 +14,8 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
   six times as fast as from MySQL (encode_column). A value in Redis cannot run code.
 - Every key expires, even if a process dies between two commands (store_if_locked).
 - A process opens at most MAX_CONNECTIONS to MySQL, each used by one caller at a time. One
-  that MySQL has closed is replaced (mysql_connection). A query cannot change data, and MySQL
-  ends it after MYSQL_TIMEOUT (restrict_session).
+  that MySQL has closed is replaced (mysql_connection). A query cannot change data
+  (connect_if_closed), and MySQL ends it after MYSQL_TIMEOUT (MYSQL_OPTIONS).
 - Redis may be a single node, a cluster or a serverless cache (redis_client, lock_key).
 - A setting that is missing or cannot be used is named in one line (SettingError).
 The limits are listed near the end of this file.
@@ -25,7 +25,7 @@ DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities. Wi
 TLS is used only if MySQL offers it, and the certificate is not verified. Needs Linux or
 macOS, the packages in requirements.txt, and at least Python 3.9, Redis 6.2, and MySQL 5.7
 or MariaDB 10.1. With asyncio, call the functions in a thread. The debug log shows each hit,
-with its key, and each query.
+with its key, and each query, with its args.
 """
 
 import functools
@@ -47,10 +47,10 @@ from redis.exceptions import ClusterDownError, LockError, NoPermissionError
 # All times are in seconds.
 TTL = 10  # how long Redis keeps a result
 REDIS_TIMEOUT = 0.2  # the longest wait for the next data from Redis
-REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for the next data from MySQL
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
 LOCK_TTL = 2 * MYSQL_TIMEOUT  # a lock expires after this; a slower load is not stored
+REDIS_PAUSE = LOCK_TTL  # how long Redis is not used after it failed, see load_with_lock
 MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT  # how long callers wait for another one's result
 POLL_EVERY = 0.05  # how long they sleep before they look for it again
 WARN_EVERY = 60  # the same warning is not repeated within this time
@@ -221,14 +221,14 @@ def cache_aside(key, read, load, store):
 
 def load_with_lock(lock, key, read, load, store):
     """Load the result and store it, if it is still not in Redis. Release the lock."""
-    started = time.monotonic()
     try:
         # Look again: another caller may have stored it just before this one got the lock.
         result = look_up(key, read)
         if result is MISS:
             result = load()
-            # If Redis was paused meanwhile, a save may have failed to delete the lock.
-            if not redis_was_paused_since(started):
+            # In a pause, a save may have failed to delete the lock. (When the pause is over,
+            # the lock has expired, because REDIS_PAUSE is not shorter than LOCK_TTL.)
+            if not redis_is_paused():
                 store_if_locked(lock, store, result)
         return result
     finally:
@@ -395,14 +395,6 @@ except (TypeError, ValueError, redis.RedisError):
     # The text of this error is left out because it could show the password.
     raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
 
-# After these errors, Redis is not used for REDIS_PAUSE. After any other error, it still is,
-# because a Redis that refuses a command, for example because it is full, still serves hits.
-PAUSING_ERRORS = (
-    redis.ConnectionError,
-    redis.TimeoutError,
-    redis.RedisClusterException,
-    ClusterDownError,
-)
 warned_at = {}  # warning -> the time.monotonic() at which it was logged
 
 
@@ -421,10 +413,6 @@ def redis_client():
 
 def redis_is_paused():
     return time.monotonic() < paused_until
-
-
-def redis_was_paused_since(moment):
-    return moment < paused_until  # the end of the last pause
 
 
 def pause_redis():
@@ -446,7 +434,9 @@ def handle_redis_error(error):
     if isinstance(error, LockError) or "Watched variable changed" in str(error):
         return
     warn(f"Redis failed with a {type(error).__name__}", error)
-    if isinstance(error, PAUSING_ERRORS):
+    # If only a command is refused, for example because Redis is full, hits are still served.
+    refused = isinstance(error, (redis.ResponseError, redis.DataError))
+    if not refused or isinstance(error, ClusterDownError):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
         redis_client.cache_clear()  # after a failover, REDIS_URL leads to another node
@@ -480,6 +470,11 @@ MYSQL_OPTIONS = {
     "connect_timeout": MYSQL_TIMEOUT,
     "read_timeout": MYSQL_TIMEOUT,
     "write_timeout": MYSQL_TIMEOUT,
+    # MySQL ends a SELECT just before PyMySQL would give up, and a wait for a lock after 2 s.
+    # MySQL runs what is in /*! */, and MariaDB what is in /*M! */.
+    "init_command": "SET SESSION innodb_lock_wait_timeout = 2, lock_wait_timeout = 2"
+    f" /*!50708 , max_execution_time = {1000 * MYSQL_TIMEOUT - 100:.0f} */"
+    f" /*M! , max_statement_time = {MYSQL_TIMEOUT - 0.1} */",
 }
 if ca := os.environ.get("DB_SSL_CA"):
     try:  # PyMySQL then refuses a server without TLS, or with another certificate or name
@@ -523,25 +518,7 @@ def connect_if_closed(connection):
         connection.ping(reconnect=False)
     except pymysql.Error:  # it is not open yet, or MySQL has closed it
         connection.connect()
-        restrict_session(connection)
-
-
-def restrict_session(connection):
-    """Make the session read-only, and let MySQL end what takes too long.
-
-    It ends a SELECT just before MYSQL_TIMEOUT, because PyMySQL's timeout would not end it. It
-    ends a wait for a lock after 2 seconds. MariaDB and MySQL name the first limit differently.
-    """
-    seconds = MYSQL_TIMEOUT - 0.1
-    # execute returns the number of rows.
-    if connection.cursor().execute("SHOW VARIABLES LIKE 'max_statement_time'"):
-        limit = f"max_statement_time = {seconds}"
-    else:
-        limit = f"max_execution_time = {1000 * seconds:.0f}"  # in milliseconds
-    connection.query(
-        f"SET SESSION {limit}, innodb_lock_wait_timeout = 2, lock_wait_timeout = 2"
-    )
-    connection.query("SET SESSION TRANSACTION READ ONLY")
+        connection.query("SET SESSION TRANSACTION READ ONLY")  # write makes exceptions
 
 
 def query(sql, args=None):
@@ -569,8 +546,9 @@ def write(sql, args=None):
 
 def execute(connection, sql, args):
     cursor = connection.cursor()
+    sql = cursor.mogrify(sql, args)  # put the args, quoted, in the place of each %s
     start = time.perf_counter()
-    cursor.execute(sql, args)
+    cursor.execute(sql)
     log.debug("MySQL, %.2f ms: %s", 1000 * (time.perf_counter() - start), sql)
     return cursor
 

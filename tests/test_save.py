@@ -142,12 +142,16 @@ def test_every_process_reads_a_save_whose_reply_was_lost(mysql_server, example, 
     assert example.planet(1) == NEW
 
 
-def test_mysql_does_not_save_after_the_caller_has_given_up(example, db):
+@pytest.mark.parametrize(
+    "lock", ["SELECT * FROM planet FOR UPDATE", "LOCK TABLES planet WRITE"]
+)
+def test_mysql_does_not_save_after_the_caller_has_given_up(lock, example, db):
     db.execute("START TRANSACTION")
-    db.execute("SELECT * FROM planet WHERE id = 1 FOR UPDATE")
+    db.execute(lock)
     with pytest.raises(pymysql.err.OperationalError, match="Lock wait timeout"):
         example.save_planet(1, "New")
     db.execute("ROLLBACK")
+    db.execute("UNLOCK TABLES")
     assert row(db) == (("Mercury",),)
 
 
