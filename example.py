@@ -50,7 +50,8 @@ REDIS_TIMEOUT = 0.2  # the longest wait for the next data from Redis
 MYSQL_TIMEOUT = 5  # the longest wait for the next data from MySQL
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
 LOCK_TTL = 2 * MYSQL_TIMEOUT  # a lock expires after this; a slower load is not stored
-REDIS_PAUSE = LOCK_TTL  # how long Redis is not used after it failed, see load_with_lock
+# How long Redis is not used after it failed. Not shorter than LOCK_TTL, see load_with_lock.
+REDIS_PAUSE = LOCK_TTL
 MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT  # how long callers wait for another one's result
 POLL_EVERY = 0.05  # how long they sleep before they look for it again
 WARN_EVERY = 60  # the same warning is not repeated within this time
@@ -204,18 +205,20 @@ def cache_aside(key, read, load, store):
     the lock. If its process dies, the lock expires after LOCK_TTL. A caller that has waited
     for MAX_WAIT loads without a lock.
     """
+    lock_name = lock_key(key)
     deadline = time.monotonic() + MAX_WAIT
     try:
         while not redis_is_paused() and time.monotonic() < deadline:
             result = look_up(key, read)
             if result is not MISS:
                 return result
-            lock = take_lock(key)
+            lock = take_lock(lock_name)
             if lock:
                 return load_with_lock(lock, key, read, load, store)
             time.sleep(POLL_EVERY)
     except REDIS_ERRORS as error:
         handle_redis_error(error)
+    # Redis is paused or has failed, or this caller has waited for MAX_WAIT.
     return load()
 
 
@@ -226,8 +229,8 @@ def load_with_lock(lock, key, read, load, store):
         result = look_up(key, read)
         if result is MISS:
             result = load()
-            # In a pause, a save may have failed to delete the lock. (When the pause is over,
-            # the lock has expired, because REDIS_PAUSE is not shorter than LOCK_TTL.)
+            # During a pause, a save may have failed to delete the lock. (After the pause, the
+            # lock has expired.)
             if not redis_is_paused():
                 store_if_locked(lock, store, result)
         return result
@@ -235,9 +238,9 @@ def load_with_lock(lock, key, read, load, store):
         release(lock)
 
 
-def take_lock(key):
-    """Return the lock of the key, or None if another caller has it."""
-    lock = redis_client().lock(lock_key(key), timeout=LOCK_TTL)
+def take_lock(name):
+    """Return the lock, or None if another caller has it."""
+    lock = redis_client().lock(name, timeout=LOCK_TTL)
     return lock if lock.acquire(blocking=False) else None
 
 
@@ -431,11 +434,11 @@ def handle_redis_error(error):
     """Log a warning, and pause if Redis is out of reach."""
     # These mean that the lock was lost: a save has deleted it, or it has expired. (redis-py
     # raises a WatchError with another text if the connection is lost.)
-    if isinstance(error, LockError) or "Watched variable changed" in str(error):
+    if isinstance(error, LockError) or str(error) == "Watched variable changed.":
         return
     warn(f"Redis failed with a {type(error).__name__}", error)
-    # If only a command is refused, for example because Redis is full, hits are still served.
-    refused = isinstance(error, (redis.ResponseError, redis.DataError))
+    # A Redis that refuses a command, for example because it is full, still serves hits.
+    refused = isinstance(error, (redis.ResponseError, redis.WatchError))
     if not refused or isinstance(error, ClusterDownError):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
@@ -572,7 +575,7 @@ def execute(connection, sql, args):
 #   at most MAX_CONNECTIONS queries at a time in MySQL.
 # - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all keys
 #   for REDIS_PAUSE. One node of a cluster can cause that, and so can a result of many MB,
-#   each time it is read. The look-up of a host name can take longer than REDIS_TIMEOUT.
+#   each time it is stored or read. The look-up of a host name can take longer.
 # - If the reply that gives a caller the lock is late, nobody can release this lock. Other
 #   callers wait until it expires after LOCK_TTL.
 # - If Redis grants locks but refuses to store, callers load one after the other, for up to

@@ -163,6 +163,9 @@ def test_a_key_whose_lock_would_be_on_another_node_is_refused(cache):
     module = load(DB_PORT="1")  # a query would raise pymysql.OperationalError
     with pytest.raises(ValueError, match="must not contain"):
         module.record("customer:}", PLANETS)
+    module.pause_redis()  # then it would not be locked
+    with pytest.raises(ValueError, match="must not contain"):
+        module.record("customer:}", PLANETS)
     with pytest.raises(ValueError, match="must not contain"):
         module.invalidate("customer:}")
     assert cache.keys() == []

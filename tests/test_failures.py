@@ -361,6 +361,7 @@ def test_a_connection_lost_before_exec_is_reported(example, cache, caplog):
     assert example.fetch("SELECT 1 AS x") == [{"x": 1}]
     (warning,) = warnings(caplog, example)
     assert "while watching" in warning
+    assert not example.redis_is_paused()
     assert not cache.keys()  # the lock is gone
 
 
@@ -370,8 +371,8 @@ def test_a_mistake_in_a_decoder_or_a_key_is_reported(example, cache, caplog):
     assert example.planet(1) == example.planet(1) == MERCURY
     (warning,) = warnings(caplog, example)
     assert "AttributeError" in warning
-    assert example.record(("planet", 1), "SELECT 1 AS x") == {"x": 1}
-    assert "tuple" in warnings(caplog, example)[1]
+    with pytest.raises(TypeError):
+        example.record(("planet", 1), "SELECT 1 AS x")
     assert not example.redis_is_paused()
 
 
