@@ -17,7 +17,7 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
   that MySQL has closed is replaced (mysql_connection). A query cannot change data
   (connect_if_closed), and MySQL ends it after MYSQL_TIMEOUT (MYSQL_OPTIONS).
 - Redis may be a single node, a cluster or a serverless cache (redis_client, lock_key).
-- A setting that is missing or cannot be used is named in one line (SettingError).
+- A setting that is missing or cannot be used is named in one line (refuse).
 The limits are listed near the end of this file.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
@@ -50,7 +50,7 @@ REDIS_TIMEOUT = 0.2  # the longest wait for the next data from Redis
 MYSQL_TIMEOUT = 5  # the longest wait for the next data from MySQL
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
 LOCK_TTL = 2 * MYSQL_TIMEOUT  # a lock expires after this; a slower load is not stored
-# How long Redis is not used after it failed. Not shorter than LOCK_TTL, see load_with_lock.
+# How long Redis is not used after it failed. After a pause, no lock from before it is left.
 REDIS_PAUSE = LOCK_TTL
 MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT  # how long callers wait for another one's result
 POLL_EVERY = 0.05  # how long they sleep before they look for it again
@@ -65,13 +65,17 @@ log = logging.getLogger(__name__)
 
 # ---- Settings
 
-# A setting that is missing or cannot be used ends the script with one line. On an import, it
-# raises a ValueError.
-SettingError = SystemExit if __name__ == "__main__" else ValueError
+
+def refuse(problem):
+    """End the script with one line, or raise a ValueError if this module is imported."""
+    if __name__ == "__main__":
+        sys.exit(problem)
+    raise ValueError(problem) from None
+
 
 required = ["REDIS_URL", "DB_HOST", "DB_USER", "DB_PASS", "DB_NAME"]
 if missing := [name for name in required if not os.environ.get(name)]:
-    raise SettingError(f"not set in the environment: {', '.join(missing)}")
+    refuse(f"not set in the environment: {', '.join(missing)}")
 
 # ---- The two techniques: rows as a string, and a row as a hash
 
@@ -170,8 +174,8 @@ def fetch_key(sql, args=None):
     The args must be written as for fetch: (1,) and [1] make different keys.
     """
     key = sql if args is None else f"{sql} {args!r}"
-    # A } becomes \x7d, because a key must not contain it, see lock_key. A backslash is
-    # doubled, so that different keys stay different.
+    # A key must not contain a }, see lock_key. So a } becomes \x7d, and a backslash is doubled,
+    # so that different keys stay different.
     return key.replace("\\", r"\\").replace("}", r"\x7d")
 
 
@@ -229,9 +233,7 @@ def load_with_lock(lock, key, read, load, store):
         result = look_up(key, read)
         if result is MISS:
             result = load()
-            # During a pause, a save may have failed to delete the lock. (After the pause, the
-            # lock has expired.)
-            if not redis_is_paused():
+            if not redis_is_paused():  # in a pause, a save may fail to delete the lock
                 store_if_locked(lock, store, result)
         return result
     finally:
@@ -276,8 +278,8 @@ def store_if_locked(lock, store, result):
     """
     try:
         with lock.redis.pipeline(transaction=True) as pipe:
-            # If the lock is lost before WATCH, owned() is False. If it is lost after WATCH,
-            # execute() raises a WatchError. (owned() uses a connection of its own.)
+            # WATCH comes first: if the lock is lost before it, owned() is False, and if it is
+            # lost later, execute() raises a WatchError. (owned() uses another connection.)
             pipe.watch(lock.name)
             if lock.owned():
                 pipe.multi()  # from here on, the pipe only collects the commands
@@ -342,20 +344,20 @@ def map_values(function, values):
 def encode_column(values):
     """[Decimal("1.50"), None] -> {"Decimal": ["1.50", None]}
 
-    A column with several types is returned as it is. The JSON encoder then calls encode for
-    each value of a type that JSON lacks.
+    Any other column is returned as it is. If it has several types, the JSON encoder calls
+    encode for each value of a type that JSON lacks.
     """
-    types = set(map(type, values)) - {type(None)}
-    name = types.pop().__name__ if len(types) == 1 else None
-    if name not in CODECS:
-        return values
-    convert, _ = CODECS[name]
-    return {name: map_values(convert, values)}
+    names = {each.__name__ for each in set(map(type, values))} - {"NoneType"}
+    if len(names) == 1 and names <= CODECS.keys():
+        name = names.pop()
+        convert, _ = CODECS[name]
+        return {name: map_values(convert, values)}
+    return values
 
 
 def decode(encoded):
     """Undo encode and encode_column."""
-    [(name, stored)] = encoded.items()  # raises a ValueError if there are two names
+    [(name, stored)] = encoded.items()  # a ValueError unless there is exactly one
     _, restore = CODECS[name]
     if isinstance(stored, list):  # a column
         return map_values(restore, stored)
@@ -396,7 +398,7 @@ try:  # make_connection checks the URL, and does not connect
     redis.Redis.from_url(**REDIS_OPTIONS).connection_pool.make_connection()
 except (TypeError, ValueError, redis.RedisError):
     # The text of this error is left out because it could show the password.
-    raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
+    refuse("REDIS_URL is not like redis://user:pass@host:port")
 
 warned_at = {}  # warning -> the time.monotonic() at which it was logged
 
@@ -432,9 +434,10 @@ def pause_redis():
 
 def handle_redis_error(error):
     """Log a warning, and pause if Redis is out of reach."""
-    # These mean that the lock was lost: a save has deleted it, or it has expired. (redis-py
-    # raises a WatchError with another text if the connection is lost.)
-    if isinstance(error, LockError) or str(error) == "Watched variable changed.":
+    # The lock is lost if a save has deleted it, or if it has expired. (If the connection is
+    # lost, redis-py raises a WatchError with another text.)
+    lost = isinstance(error, LockError) or str(error) == "Watched variable changed."
+    if lost:
         return
     warn(f"Redis failed with a {type(error).__name__}", error)
     # A Redis that refuses a command, for example because it is full, still serves hits.
@@ -460,7 +463,7 @@ def warn(problem, reason):
 
 port = os.environ.get("DB_PORT") or "3306"
 if not (port.isdecimal() and 0 < int(port) < 65536):
-    raise SettingError(f"DB_PORT is not a port number: {port!r}")
+    refuse(f"DB_PORT is not a port number: {port!r}")
 MYSQL_OPTIONS = {
     "host": os.environ["DB_HOST"],
     "port": int(port),
@@ -474,19 +477,20 @@ MYSQL_OPTIONS = {
     "read_timeout": MYSQL_TIMEOUT,
     "write_timeout": MYSQL_TIMEOUT,
     # MySQL ends a SELECT just before PyMySQL would give up, and a wait for a lock after 2 s.
-    # MySQL runs what is in /*! */, and MariaDB what is in /*M! */.
-    "init_command": "SET SESSION innodb_lock_wait_timeout = 2, lock_wait_timeout = 2"
-    f" /*!50708 , max_execution_time = {1000 * MYSQL_TIMEOUT - 100:.0f} */"
-    f" /*M! , max_statement_time = {MYSQL_TIMEOUT - 0.1} */",
+    # Only MySQL runs what is in /*!50708 */, and only MariaDB what is in /*M! */.
+    "init_command": "SET SESSION"
+    f" /*!50708 max_execution_time = {1000 * MYSQL_TIMEOUT - 100:.0f}, */"  # milliseconds
+    f" /*M! max_statement_time = {MYSQL_TIMEOUT - 0.1}, */"
+    " innodb_lock_wait_timeout = 2, lock_wait_timeout = 2",
 }
 if ca := os.environ.get("DB_SSL_CA"):
     try:  # PyMySQL then refuses a server without TLS, or with another certificate or name
         MYSQL_OPTIONS["ssl"] = ssl.create_default_context(cafile=ca)
     except OSError as error:
-        raise SettingError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
+        refuse(f"DB_SSL_CA cannot be used: {ca!r}: {error}")
 
 
-def fill_pool():
+def make_pool():
     """Make the pool of connections. Each is opened when it is first used."""
     global pool
     pool = queue.LifoQueue()
@@ -494,8 +498,8 @@ def fill_pool():
         pool.put(pymysql.connect(**MYSQL_OPTIONS, defer_connect=True))
 
 
-fill_pool()
-os.register_at_fork(after_in_child=fill_pool)  # a fork must not use those of its parent
+make_pool()
+os.register_at_fork(after_in_child=make_pool)  # a fork must not use those of its parent
 
 
 @contextmanager
@@ -560,8 +564,8 @@ def execute(connection, sql, args):
 #
 # How old a result can be:
 # - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
-#   invalidate removes it. The TTL begins when the result is stored, which can be as late as
-#   LOCK_TTL after it was loaded.
+#   invalidate removes it. The TTL begins when the result is stored, which can be up to
+#   LOCK_TTL after its query.
 # - invalidate can fail to remove a record, if Redis is out of reach, refuses the removal, or
 #   loses it in a failover, or if the process dies first. Then the old record stays for its
 #   TTL. A slow reader may store it once more, up to LOCK_TTL later.

@@ -403,7 +403,7 @@ def shorten_timeouts(module):
     assert "max_statement_time = 4.9" in own_limits
     options["init_command"] = own_limits.replace("4900", "400").replace("4.9", "0.4")
     module.MYSQL_TIMEOUT = 0.5
-    module.fill_pool()
+    module.make_pool()
 
 
 def failed_miss(module, id):
