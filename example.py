@@ -17,7 +17,7 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
   that MySQL has closed is replaced (mysql_connection). A query cannot change data
   (connect_if_closed), and MySQL ends it after MYSQL_TIMEOUT (MYSQL_OPTIONS).
 - Redis may be a single node, a cluster or a serverless cache (redis_client, lock_key).
-- A setting that is missing or cannot be used is named in one line (refuse).
+- A setting that is missing or cannot be used is named in one line (SettingError).
 The limits are listed near the end of this file.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
@@ -42,16 +42,15 @@ from decimal import Decimal
 
 import pymysql
 import redis
-from redis.exceptions import ClusterDownError, LockError, NoPermissionError
+from redis.exceptions import ClusterDownError, LockError
 
 # All times are in seconds.
 TTL = 10  # how long Redis keeps a result
 REDIS_TIMEOUT = 0.2  # the longest wait for the next data from Redis
+REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # the longest wait for the next data from MySQL
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
 LOCK_TTL = 2 * MYSQL_TIMEOUT  # a lock expires after this; a slower load is not stored
-# How long Redis is not used after it failed. After a pause, no lock from before it is left.
-REDIS_PAUSE = LOCK_TTL
 MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT  # how long callers wait for another one's result
 POLL_EVERY = 0.05  # how long they sleep before they look for it again
 WARN_EVERY = 60  # the same warning is not repeated within this time
@@ -59,23 +58,19 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-paused_until = 0  # results are not looked up in Redis before this time.monotonic()
+paused_until = 0  # the time.monotonic() at which the last pause ends; 0: there was none
 
 log = logging.getLogger(__name__)
 
 # ---- Settings
 
-
-def refuse(problem):
-    """End the script with one line, or raise a ValueError if this module is imported."""
-    if __name__ == "__main__":
-        sys.exit(problem)
-    raise ValueError(problem) from None
-
+# A setting that is missing or cannot be used ends the script with one line. On an import, it
+# raises a ValueError.
+SettingError = SystemExit if __name__ == "__main__" else ValueError
 
 required = ["REDIS_URL", "DB_HOST", "DB_USER", "DB_PASS", "DB_NAME"]
 if missing := [name for name in required if not os.environ.get(name)]:
-    refuse(f"not set in the environment: {', '.join(missing)}")
+    raise SettingError(f"not set in the environment: {', '.join(missing)}")
 
 # ---- The two techniques: rows as a string, and a row as a hash
 
@@ -228,12 +223,14 @@ def cache_aside(key, read, load, store):
 
 def load_with_lock(lock, key, read, load, store):
     """Load the result and store it, if it is still not in Redis. Release the lock."""
+    started = time.monotonic()
     try:
         # Look again: another caller may have stored it just before this one got the lock.
         result = look_up(key, read)
         if result is MISS:
             result = load()
-            if not redis_is_paused():  # in a pause, a save may fail to delete the lock
+            # If Redis was paused meanwhile, a save may have failed to delete the lock.
+            if paused_until < started:
                 store_if_locked(lock, store, result)
         return result
     finally:
@@ -398,8 +395,16 @@ try:  # make_connection checks the URL, and does not connect
     redis.Redis.from_url(**REDIS_OPTIONS).connection_pool.make_connection()
 except (TypeError, ValueError, redis.RedisError):
     # The text of this error is left out because it could show the password.
-    refuse("REDIS_URL is not like redis://user:pass@host:port")
+    raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
 
+# After these errors, Redis is not used for REDIS_PAUSE. After any other error, it still is,
+# because a Redis that refuses a command, for example because it is full, still serves hits.
+OUT_OF_REACH = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.RedisClusterException,
+    ClusterDownError,
+)
 warned_at = {}  # warning -> the time.monotonic() at which it was logged
 
 
@@ -410,7 +415,7 @@ def redis_client():
     redis-py lends a connection to one thread at a time, and makes new ones after a fork.
     """
     client = redis.Redis.from_url(**REDIS_OPTIONS)
-    with suppress(NoPermissionError):  # without INFO, only a single node can be used
+    with suppress(redis.ResponseError):  # without INFO, only a single node can be used
         if client.info("cluster").get("cluster_enabled"):
             return redis.RedisCluster.from_url(**REDIS_OPTIONS)
     return client
@@ -440,9 +445,7 @@ def handle_redis_error(error):
     if lost:
         return
     warn(f"Redis failed with a {type(error).__name__}", error)
-    # A Redis that refuses a command, for example because it is full, still serves hits.
-    refused = isinstance(error, (redis.ResponseError, redis.WatchError))
-    if not refused or isinstance(error, ClusterDownError):
+    if isinstance(error, OUT_OF_REACH):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
         redis_client.cache_clear()  # after a failover, REDIS_URL leads to another node
@@ -463,7 +466,7 @@ def warn(problem, reason):
 
 port = os.environ.get("DB_PORT") or "3306"
 if not (port.isdecimal() and 0 < int(port) < 65536):
-    refuse(f"DB_PORT is not a port number: {port!r}")
+    raise SettingError(f"DB_PORT is not a port number: {port!r}")
 MYSQL_OPTIONS = {
     "host": os.environ["DB_HOST"],
     "port": int(port),
@@ -487,7 +490,7 @@ if ca := os.environ.get("DB_SSL_CA"):
     try:  # PyMySQL then refuses a server without TLS, or with another certificate or name
         MYSQL_OPTIONS["ssl"] = ssl.create_default_context(cafile=ca)
     except OSError as error:
-        refuse(f"DB_SSL_CA cannot be used: {ca!r}: {error}")
+        raise SettingError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
 
 
 def make_pool():
@@ -525,7 +528,7 @@ def connect_if_closed(connection):
         connection.ping(reconnect=False)
     except pymysql.Error:  # it is not open yet, or MySQL has closed it
         connection.connect()
-        connection.query("SET SESSION TRANSACTION READ ONLY")  # write makes exceptions
+        connection.query("SET SESSION TRANSACTION READ ONLY")
 
 
 def query(sql, args=None):
@@ -546,9 +549,10 @@ def write(sql, args=None):
     an error, invalidate the keys of the rows that it changes or inserts.
     """
     with mysql_connection() as connection:
-        # READ WRITE is for the next transaction only, which is the statement of this call.
-        connection.query("SET TRANSACTION READ WRITE")
-        return execute(connection, sql, args).lastrowid or None
+        connection.query("START TRANSACTION READ WRITE")
+        cursor = execute(connection, sql, args)
+        connection.commit()
+        return cursor.lastrowid or None
 
 
 def execute(connection, sql, args):
@@ -580,8 +584,8 @@ def execute(connection, sql, args):
 # - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all keys
 #   for REDIS_PAUSE. One node of a cluster can cause that, and so can a result of many MB,
 #   each time it is stored or read. The look-up of a host name can take longer.
-# - If the reply that gives a caller the lock is late, nobody can release this lock. Other
-#   callers wait until it expires after LOCK_TTL.
+# - If the reply that gives a caller the lock is late, or if it fails to release the lock, other
+#   callers wait until the lock expires after LOCK_TTL.
 # - If Redis grants locks but refuses to store, callers load one after the other, for up to
 #   MAX_WAIT.
 #

@@ -195,7 +195,9 @@ def test_fetch_cannot_write(write, begin, example, cache, db):
     connections = db.execute("SHOW PROCESSLIST")
     with pytest.raises(pymysql.ProgrammingError, match="not a query"):
         example.fetch(f"{begin} TRANSACTION READ WRITE")
-    example.save_planet(1, "Mercury")  # on the connection that fetch uses next
+    # These are on the connection that fetch uses next.
+    example.save_planet(1, "Mercury")
+    example.write("SET @x = 1"), example.write("BEGIN")
     with pytest.raises(pymysql.Error, match="READ ONLY") as kept:
         example.fetch(write)
     wait_until(lambda: kept and db.execute("SHOW PROCESSLIST") <= connections)

@@ -124,6 +124,13 @@ def test_a_user_who_may_not_use_info_can_use_the_cache(caplog, own_redis):
     assert not warnings(caplog, module)
 
 
+def test_a_redis_without_info_can_be_used(caplog, new_servers):
+    server = new_servers.redis("--rename-command", "INFO", "", password="")
+    module = load(REDIS_URL=server.url)
+    assert is_used(server, module)
+    assert not warnings(caplog, module)
+
+
 def test_a_redis_that_loads_its_data_counts_as_down(caplog, new_servers):
     # It takes 1 ms to load a key, and listens to clients after each KB.
     slowly = "--key-load-delay 1000 --loading-process-events-interval-bytes 1024"
@@ -171,7 +178,7 @@ def lost_in_ten_seconds(fault, nodes, module):
     wait_until(lambda: len(nodes) == 1 or all(map(is_well, nodes)))
     # By now the records from before have expired.
     stored = lambda id: module.planet(id) and holders(nodes, f"planet:{id}")
-    back = wait_until(lambda: all(map(stored, ids)), 20)
+    back = wait_until(lambda: all(map(stored, ids)))
     module.redis_client().close()  # redis-py would leave it to the garbage collector
     return lost, back
 
@@ -214,7 +221,7 @@ def at_once(breakable_mysql):
 def test_ten_seconds_of_calls_lose_less_than_one_to_a_redis_that_hangs(fault, at_once):
     lost, back = at_once[fault].result(30)
     assert lost < 1
-    assert back < 11
+    assert back < 6
 
 
 @pytest.mark.parametrize("fault", ["pause", "kill"])
