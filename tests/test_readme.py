@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pymysql
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, load
 from servers import find
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -79,6 +80,17 @@ def test_the_example_for_a_program_runs(example, cache, monkeypatch):
     exec(blocks("py")[0], variables)  # noqa: S102
     assert variables["customers"] == []
     assert not cache.keys()  # it has invalidated what it has fetched
+
+
+def test_the_user_for_a_program_has_the_rights_that_it_needs(db, cache):
+    for statement in blocks("sql")[0].split(";")[:-1]:
+        db.execute(statement.replace("shop", "tutorial"))
+    module = load(DB_USER="app", DB_PASS="secret")
+    assert module.fetch("SELECT name FROM planet WHERE id = 1") == [{"name": "Mercury"}]
+    assert module.save_planet(1, "New") == module.planet(1) == {"id": 1, "name": "New"}
+    module.write("DELETE FROM planet WHERE id = 1")
+    with pytest.raises(pymysql.Error, match="denied"):
+        module.fetch("SELECT * FROM mysql.user")
 
 
 def test_the_functions_for_customers_use_one_id_for_the_key_and_the_row(
