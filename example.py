@@ -6,7 +6,7 @@ store it in Redis for TTL seconds.
 
 The seven-line version is GET; on a miss, the query, and SETEX. What this adds, and where:
 - If many callers miss the same key, one loads and the others wait (cache_aside).
-- A slow reader does not undo a save (store_if_locked).
+- A slow reader does not store an old row after a save (store_if_locked).
 - If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
   most once a minute for each kind of error, without data or passwords (warn).
 - A value that cannot be read is replaced, and a warning is logged (look_up).
@@ -46,9 +46,9 @@ from redis.exceptions import ClusterDownError, LockError
 
 # All times are in seconds.
 TTL = 10  # how long Redis keeps a result
-REDIS_TIMEOUT = 0.2  # the longest wait for the next data from Redis
+REDIS_TIMEOUT = 0.2  # to connect to Redis, to send a command, or to wait for a reply
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
-MYSQL_TIMEOUT = 5  # the longest wait for the next data from MySQL
+MYSQL_TIMEOUT = 5  # to connect to MySQL, to send a statement, or to wait for its rows
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
 LOCK_TTL = 2 * MYSQL_TIMEOUT  # a lock expires after this; a slower load is not stored
 MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT  # how long callers wait for another one's result
@@ -344,9 +344,9 @@ def encode_column(values):
     Any other column is returned as it is. If it has several types, the JSON encoder calls
     encode for each value of a type that JSON lacks.
     """
-    names = {each.__name__ for each in set(map(type, values))} - {"NoneType"}
-    if len(names) == 1 and names <= CODECS.keys():
-        name = names.pop()
+    types = {each.__name__ for each in set(map(type, values))} - {"NoneType"}
+    if len(types) == 1 and types <= CODECS.keys():
+        name = types.pop()
         convert, _ = CODECS[name]
         return {name: map_values(convert, values)}
     return values
