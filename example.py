@@ -6,7 +6,8 @@ store it in Redis for TTL seconds.
 
 The seven-line version is GET; on a miss, the query, and SETEX. What this adds, and where:
 - If many callers miss the same key, one loads and the others wait (cache_aside).
-- A slow reader does not store an old row after a save (store_if_locked).
+- A slow reader does not store an old row after a save (store_if_locked). What a save could
+  not remove from Redis is removed when Redis is back (remove_old_keys).
 - If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
   most once a minute for each kind of error, without data or passwords (warn).
 - A value that cannot be read is replaced, and a warning is logged (look_up).
@@ -191,7 +192,8 @@ def ttl_in_seconds(ttl):
 #   does not store an old result after a save.
 # - If Redis is out of reach, this process does not use it for REDIS_PAUSE. In such a pause, a
 #   call loads its result without a lock, and does not store it. But a save still tries to
-#   delete its keys, and a caller that has a lock still tries to release it.
+#   delete its keys, and a caller that has a lock still tries to release it. If a save cannot
+#   delete its keys, this process does so before it uses Redis again.
 
 
 def cache_aside(key, read, load, store):
@@ -299,7 +301,8 @@ def invalidate(key):
     try:
         redis_client().delete(key, lock_key(key))
     except REDIS_ERRORS as error:
-        warn("a key in Redis may stay old until it expires", error)
+        warn("a key in Redis stays old for now", error)
+        not_removed.add(key)
         pause_redis()  # during the pause, this process reads from MySQL
 
 
@@ -410,6 +413,7 @@ OUT_OF_REACH = (
     redis.RedisClusterException,
     ClusterDownError,
 )
+not_removed = set()  # keys that invalidate could not remove
 warned_at = {}  # warning -> the time.monotonic() at which it was logged
 
 
@@ -422,8 +426,20 @@ def redis_client():
     client = redis.Redis.from_url(**REDIS_OPTIONS)
     with suppress(redis.ResponseError):  # without INFO, only a single node can be used
         if client.info("cluster").get("cluster_enabled"):
-            return redis.RedisCluster.from_url(**REDIS_OPTIONS)
+            client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
+    remove_old_keys(client)
     return client
+
+
+def remove_old_keys(client):
+    """Remove the keys that invalidate could not remove. A key that is refused is given up."""
+    while not_removed:
+        key = not_removed.pop()
+        try:
+            client.delete(key, lock_key(key))
+        except OUT_OF_REACH:
+            not_removed.add(key)  # for the next client
+            raise
 
 
 def redis_is_paused():
@@ -437,8 +453,8 @@ def pause_redis():
     Redis out of use.
     """
     global paused_until
+    redis_client.cache_clear()  # the next call makes a new client
     if not redis_is_paused():
-        redis_client.cache_clear()  # the next call makes a new client
         paused_until = time.monotonic() + REDIS_PAUSE
 
 
@@ -578,9 +594,11 @@ def execute(connection, sql, args):
 # - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
 #   invalidate removes it. The TTL begins when the result is stored, which can be up to
 #   LOCK_TTL after its query.
-# - invalidate can fail to remove a record, if Redis is out of reach, refuses the removal, or
-#   loses it in a failover, or if the process dies first. Then the old record stays for its
-#   TTL. A slow reader may store it once more, up to LOCK_TTL later.
+# - If Redis is out of reach, invalidate cannot remove a record. This process removes it when
+#   it uses Redis again. Until then, other processes may return the old record.
+# - If Redis refuses to remove a record, or loses the removal in a failover, or if the process
+#   dies before it, the old record stays for its TTL. A slow reader may store it once more, up
+#   to LOCK_TTL later.
 # - If MySQL commits a change only after the caller has got an error, invalidate was too early.
 #   A reader may have stored the old record before the commit. It stays for its TTL.
 # - Keys that are stored at the same time expire at the same time.

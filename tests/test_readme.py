@@ -196,7 +196,7 @@ KEPT_BY = {
     "a query takes": "a_query_that_takes_too_long_is_cut_off_and_not_repeated",
     "more than `MAX_CONNECTIONS`": "a_process_runs_at_most_max_queries_at_a_time",
     "MySQL refuses": "a_save_that_mysql_refuses_changes_nothing",
-    "Redis cannot be reached": "a_save_reaches_mysql_when_redis_is_away",
+    "Redis cannot be reached": "a_record_that_a_save_could_not_remove_is_removed_later",
     "a certificate": "a_redis_that_is_not_verified_gets_nothing",
 }
 

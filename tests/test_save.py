@@ -5,6 +5,7 @@ import threading
 import pymysql
 import pytest
 from conftest import load
+from servers import free_port
 from tools import MERCURY, Relay, begin, plain, selects, wait_until
 
 NEW = {"id": 1, "name": "New"}
@@ -168,18 +169,63 @@ def test_a_save_reaches_mysql_when_redis_is_away(fault, new_servers, db, caplog)
     getattr(server, fault)()
     assert begin(module.save_planet, 1, "New").result(1.5) == NEW
     assert module.planet(1) == NEW
-    assert "may stay old" in caplog.text
+    assert "stays old" in caplog.text
     with pytest.raises(pymysql.err.DataError):
         module.save_planet(1, "x" * 31)
 
 
-def test_a_save_does_not_return_the_old_record_of_a_read_only_redis(new_servers, db):
+@pytest.mark.parametrize("moment", ["before a pause", "in a pause"])
+def test_a_record_that_a_save_could_not_remove_is_removed_later(
+    moment, new_servers, db
+):
+    server = new_servers.redis()
+    other = load(REDIS_URL=server.url)
+    with Relay(server.port) as relay, plain(server) as cache:
+        module = load(REDIS_URL=server.url.replace(str(server.port), str(relay.port)))
+        remove_old_keys = module.remove_old_keys
+
+        def cut():
+            relay.target = free_port()
+            relay.cut()
+
+        def cut_for_a_moment(client):
+            cut()
+            try:
+                remove_old_keys(client)
+            finally:
+                relay.target = server.port
+
+        assert module.planet(1) == MERCURY
+        if moment == "in a pause":
+            module.pause_redis()
+            module.redis_client()  # by now, Redis can be reached again
+        cut()
+        assert module.save_planet(1, "New") == NEW
+        relay.target, module.paused_until = server.port, 0
+        module.remove_old_keys = cut_for_a_moment
+        assert module.planet(1) == NEW
+        assert other.planet(1) == MERCURY  # from Redis
+        module.remove_old_keys, module.paused_until = remove_old_keys, 0
+        cache.set("lock:{planet:1}", "of a slow reader", ex=3)
+        module.redis_client()
+        assert not cache.exists("planet:1", "lock:{planet:1}")
+        assert module.planet(1) == other.planet(1) == NEW
+
+
+def test_a_read_only_redis_serves_hits_after_a_save_but_not_the_old_record(
+    new_servers, db
+):
     server = new_servers.redis()
     module = load(REDIS_URL=server.url)
-    assert module.planet(1) == MERCURY
+    assert module.planet(1) == MERCURY and module.planet(2)["name"] == "Venus"
     with plain(server) as cache:
         cache.replicaof("127.0.0.1", 1)
     assert module.save_planet(1, "New") == NEW
+    module.paused_until = 0
+    module.planet(2)  # tries to remove planet:1
+    before = selects(db)
+    assert module.planet(2)["name"] == "Venus"
+    assert selects(db) == before
 
 
 def test_a_save_leaves_no_old_record_in_a_redis_that_is_full(new_servers, db, caplog):
