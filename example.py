@@ -6,8 +6,8 @@ store it in Redis for TTL seconds.
 
 The seven-line version is GET; on a miss, the query, and SETEX. What this adds, and where:
 - If many callers miss the same key, one loads and the others wait (cache_aside).
-- A slow reader does not store an old row after a save (store_if_locked). What a save could
-  not remove from Redis is removed when Redis is back (remove_old_keys).
+- A slow reader does not store an old row after a save (store_if_locked). If a save cannot
+  reach Redis, its old record is removed later (remove_old_keys).
 - If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
   most once a minute for each kind of error, without data or passwords (warn).
 - A value that cannot be read is replaced, and a warning is logged (look_up).
@@ -59,7 +59,8 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-paused_until = 0  # the time.monotonic() at which the last pause ends; 0: there was none
+old_keys = set()  # keys that invalidate could not remove from Redis
+paused_until = 0  # results are not looked up in Redis before this time.monotonic()
 
 log = logging.getLogger(__name__)
 
@@ -192,8 +193,8 @@ def ttl_in_seconds(ttl):
 #   does not store an old result after a save.
 # - If Redis is out of reach, this process does not use it for REDIS_PAUSE. In such a pause, a
 #   call loads its result without a lock, and does not store it. But a save still tries to
-#   delete its keys, and a caller that has a lock still tries to release it. If a save cannot
-#   delete its keys, this process does so before it uses Redis again.
+#   delete its keys, and a caller that has a lock still tries to release it. If a save fails to
+#   delete its keys, this process does so before it looks in Redis again.
 
 
 def cache_aside(key, read, load, store):
@@ -225,15 +226,12 @@ def cache_aside(key, read, load, store):
 
 def load_with_lock(lock, key, read, load, store):
     """Load the result and store it, if it is still not in Redis. Release the lock."""
-    started = time.monotonic()
     try:
         # Look again: another caller may have stored it just before this one got the lock.
         result = look_up(key, read)
         if result is MISS:
             result = load()
-            # If Redis was paused meanwhile, a save may have failed to delete the lock.
-            if paused_until < started:
-                store_if_locked(lock, store, result)
+            store_if_locked(lock, store, result)
         return result
     finally:
         release(lock)
@@ -248,6 +246,7 @@ def take_lock(name):
 def look_up(key, read):
     """Return the result that is in Redis, or MISS. Delete a value that cannot be read."""
     client = redis_client()
+    remove_old_keys(client)
     try:
         result = read(client)
     except Exception as error:
@@ -302,8 +301,19 @@ def invalidate(key):
         redis_client().delete(key, lock_key(key))
     except REDIS_ERRORS as error:
         warn("a key in Redis stays old for now", error)
-        not_removed.add(key)
+        old_keys.add(key)
         pause_redis()  # during the pause, this process reads from MySQL
+
+
+def remove_old_keys(client):
+    """Remove the keys that invalidate could not remove."""
+    while old_keys:
+        keys = list(old_keys)[:1000]  # more could take too long for one command
+        with suppress(
+            redis.ResponseError
+        ):  # if Redis refuses it, it is not tried again
+            client.delete(*keys, *map(lock_key, keys))
+        old_keys.difference_update(keys)
 
 
 def lock_key(key):
@@ -413,7 +423,6 @@ OUT_OF_REACH = (
     redis.RedisClusterException,
     ClusterDownError,
 )
-not_removed = set()  # keys that invalidate could not remove
 warned_at = {}  # warning -> the time.monotonic() at which it was logged
 
 
@@ -426,20 +435,8 @@ def redis_client():
     client = redis.Redis.from_url(**REDIS_OPTIONS)
     with suppress(redis.ResponseError):  # without INFO, only a single node can be used
         if client.info("cluster").get("cluster_enabled"):
-            client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
-    remove_old_keys(client)
+            return redis.RedisCluster.from_url(**REDIS_OPTIONS)
     return client
-
-
-def remove_old_keys(client):
-    """Remove the keys that invalidate could not remove. A key that is refused is given up."""
-    while not_removed:
-        key = not_removed.pop()
-        try:
-            client.delete(key, lock_key(key))
-        except OUT_OF_REACH:
-            not_removed.add(key)  # for the next client
-            raise
 
 
 def redis_is_paused():
@@ -453,8 +450,8 @@ def pause_redis():
     Redis out of use.
     """
     global paused_until
-    redis_client.cache_clear()  # the next call makes a new client
     if not redis_is_paused():
+        redis_client.cache_clear()  # the next call makes a new client
         paused_until = time.monotonic() + REDIS_PAUSE
 
 

@@ -120,15 +120,6 @@ def test_a_caller_whose_second_look_fails_releases_the_lock(example, cache):
     assert not cache.exists("lock:{planet:1}")
 
 
-@pytest.mark.parametrize("pause", [5, 0], ids=["in a pause", "after a pause"])
-def test_a_caller_does_not_store_if_a_pause_has_begun(pause, example, cache):
-    example.REDIS_PAUSE = pause
-    query = example.query
-    example.query = lambda *args: (query(*args), example.pause_redis())[0]
-    assert example.planet(1) == MERCURY
-    assert not cache.keys()
-
-
 def test_after_max_wait_a_caller_loads_without_the_lock(example, cache):
     example.MAX_WAIT = 0.5
     cache.set("lock:{planet:1}", "of another process", px=3000)
