@@ -309,9 +309,7 @@ def remove_old_keys(client):
     """Remove the keys that invalidate could not remove."""
     while old_keys:
         keys = list(old_keys)[:1000]  # more could take too long for one command
-        with suppress(
-            redis.ResponseError
-        ):  # if Redis refuses it, it is not tried again
+        with suppress(redis.ResponseError):  # a key that Redis refuses is given up
             client.delete(*keys, *map(lock_key, keys))
         old_keys.difference_update(keys)
 
