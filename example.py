@@ -109,7 +109,8 @@ NO_ROW = {"absent": ""}
 def record(key, sql, args=None, ttl=None):
     """Return one row as a dict, or None if there is no such row.
 
-    key: the key in Redis. Each row needs its own. It must not contain a }, see lock_key.
+    key: the key in Redis. Each row needs its own, and so does each list of columns. It must
+    not contain a }, see lock_key.
     sql: a SELECT of one row. args, ttl: as for fetch. Raises pymysql.Error if the row is
     not cached and the query fails. On a hit, the columns can be in another order.
     """
@@ -298,7 +299,9 @@ def release(lock):
 def invalidate(key):
     """Remove a key from Redis. Call it after the COMMIT that changes its row."""
     try:
-        redis_client().delete(key, lock_key(key))
+        client = redis_client()
+        client.delete(key, lock_key(key))
+        remove_old_keys(client)
     except REDIS_ERRORS as error:
         warn("a key in Redis stays old for now", error)
         old_keys.add(key)
@@ -306,11 +309,14 @@ def invalidate(key):
 
 
 def remove_old_keys(client):
-    """Remove the keys that invalidate could not remove."""
+    """Remove the keys that invalidate could not remove. If it fails, pause and raise."""
     while old_keys:
         keys = list(old_keys)[:1000]  # more could take too long for one command
-        with suppress(redis.ResponseError):  # a key that Redis refuses is given up
+        try:
             client.delete(*keys, *map(lock_key, keys))
+        except REDIS_ERRORS:
+            pause_redis()
+            raise
         old_keys.difference_update(keys)
 
 
@@ -415,6 +421,7 @@ except (TypeError, ValueError, redis.RedisError):
 
 # After these errors, Redis is not used for REDIS_PAUSE. After any other error, it still is,
 # because a Redis that refuses a command, for example because it is full, still serves hits.
+# (But if it refuses to remove a key, it is not used either, see invalidate.)
 OUT_OF_REACH = (
     redis.ConnectionError,
     redis.TimeoutError,
@@ -589,11 +596,10 @@ def execute(connection, sql, args):
 # - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
 #   invalidate removes it. The TTL begins when the result is stored, which can be up to
 #   LOCK_TTL after its query.
-# - If Redis is out of reach, invalidate cannot remove a record. This process removes it when
-#   it uses Redis again. Until then, other processes may return the old record.
-# - If Redis refuses to remove a record, or loses the removal in a failover, or if the process
-#   dies before it, the old record stays for its TTL. A slow reader may store it once more, up
-#   to LOCK_TTL later.
+# - If invalidate cannot remove a record, this process does not use Redis until it can. Until
+#   then, other processes may return the old record.
+# - If Redis loses the removal in a failover, or if the process dies before it, the old record
+#   stays for its TTL. A slow reader may store it once more, up to LOCK_TTL later.
 # - If MySQL commits a change only after the caller has got an error, invalidate was too early.
 #   A reader may have stored the old record before the commit. It stays for its TTL.
 # - Keys that are stored at the same time expire at the same time.
