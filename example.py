@@ -18,7 +18,7 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
   that MySQL has closed is replaced (mysql_connection). A query cannot change data
   (connect_if_closed), and MySQL ends it after MYSQL_TIMEOUT (MYSQL_OPTIONS).
 - Redis may be a single node, a cluster or a serverless cache (redis_client, lock_key).
-- A setting that is missing or cannot be used is named in one line (SettingError).
+- A setting that is missing or cannot be used is named in one line (Settings).
 The limits are listed near the end of this file.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
@@ -59,20 +59,20 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-old_keys = set()  # keys that invalidate could not remove from Redis
+old_keys = set()  # what invalidate could not remove from Redis: (key, time.monotonic())
 paused_until = 0  # results are not looked up in Redis before this time.monotonic()
 
 log = logging.getLogger(__name__)
 
 # ---- Settings
 
-# A setting that is missing or cannot be used ends the script with one line. On an import, it
-# raises a ValueError.
-SettingError = SystemExit if __name__ == "__main__" else ValueError
+# If this file is run as a script, a wrong setting ends it with one line, without a traceback.
+if __name__ == "__main__":
+    sys.tracebacklimit = 0
 
 required = ["REDIS_URL", "DB_HOST", "DB_USER", "DB_PASS", "DB_NAME"]
 if missing := [name for name in required if not os.environ.get(name)]:
-    raise SettingError(f"not set in the environment: {', '.join(missing)}")
+    raise ValueError(f"not set in the environment: {', '.join(missing)}")
 
 # ---- The two techniques: rows as a string, and a row as a hash
 
@@ -132,7 +132,7 @@ def record(key, sql, args=None, ttl=None):
         fields = NO_ROW
         if row is not None:
             fields = {name: to_json(value) for name, value in row.items()}
-        # No old fields remain: this caller has the lock, and read has found no hash.
+        # The hash has no old fields: read has found none, and only this caller may store.
         pipe.hset(key, mapping=fields)
         pipe.expire(key, ttl)
 
@@ -166,14 +166,25 @@ def save_planet(id, name):
     return planet(id)
 
 
+def lock_key(key):
+    """Return the key of the lock: lock:{planet:1}
+
+    In a cluster, a transaction needs both keys on one node. The braces make Redis choose
+    the node of planet:1. They end at the first }, so a key must not contain one.
+    """
+    if "}" in key:
+        raise ValueError("a key must not contain a }: " + key)
+    return "lock:{" + key + "}"
+
+
 def fetch_key(sql, args=None):
     """Return the key of these rows, as in invalidate(fetch_key(sql, args)).
 
     The args must be written as for fetch: (1,) and [1] make different keys.
     """
     key = sql if args is None else f"{sql} {args!r}"
-    # A key must not contain a }, see lock_key. So a } becomes \x7d, and a backslash is doubled,
-    # so that different keys stay different.
+    # A key must not contain a }, so it becomes \x7d. A backslash is doubled, so that different
+    # keys stay different.
     return key.replace("\\", r"\\").replace("}", r"\x7d")
 
 
@@ -192,10 +203,10 @@ def ttl_in_seconds(ttl):
 # - The lock is a key in Redis, which only one caller can have. The others wait for its result.
 # - A save deletes the lock, and only the caller that still has it can store. So a slow reader
 #   does not store an old result after a save.
-# - If Redis is out of reach, this process does not use it for REDIS_PAUSE. In such a pause, a
-#   call loads its result without a lock, and does not store it. But a save still tries to
-#   delete its keys, and a caller that has a lock still tries to release it. If a save fails to
-#   delete its keys, this process does so before it looks in Redis again.
+# - If Redis is out of reach, this process does not use it for REDIS_PAUSE. A call that begins
+#   in such a pause loads its result without a lock, and does not store it.
+# - A save tries to delete its key in Redis also during a pause. If it fails, this process
+#   deletes the key before it looks in Redis again.
 
 
 def cache_aside(key, read, load, store):
@@ -304,31 +315,21 @@ def invalidate(key):
         remove_old_keys(client)
     except REDIS_ERRORS as error:
         warn("a key in Redis stays old for now", error)
-        old_keys.add(key)
+        old_keys.add((key, time.monotonic()))  # an entry of its own for each failure
         pause_redis()  # during the pause, this process reads from MySQL
 
 
 def remove_old_keys(client):
     """Remove the keys that invalidate could not remove. If it fails, pause and raise."""
     while old_keys:
-        keys = list(old_keys)[:1000]  # more could take too long for one command
+        entries = list(old_keys)[:1000]  # more could take too long for one command
+        keys = [key for key, _ in entries]
         try:
             client.delete(*keys, *map(lock_key, keys))
         except REDIS_ERRORS:
             pause_redis()
             raise
-        old_keys.difference_update(keys)
-
-
-def lock_key(key):
-    """Return the key of the lock: lock:{planet:1}
-
-    In a cluster, a transaction needs both keys on one node. The braces make Redis choose
-    the node of planet:1. They end at the first }, so a key must not contain one.
-    """
-    if "}" in key:
-        raise ValueError("a key must not contain a }: " + key)
-    return "lock:{" + key + "}"
+        old_keys.difference_update(entries)
 
 
 # ---- Serialization: JSON, because unpickling a value could run code
@@ -361,11 +362,12 @@ def encode_column(values):
     Any other column is returned as it is. If it has several types, the JSON encoder calls
     encode for each value of a type that JSON lacks.
     """
-    types = {each.__name__ for each in set(map(type, values))} - {"NoneType"}
-    if len(types) == 1 and types <= CODECS.keys():
-        name = types.pop()
-        convert, _ = CODECS[name]
-        return {name: map_values(convert, values)}
+    types = set(map(type, values)) - {type(None)}
+    if len(types) == 1:
+        name = types.pop().__name__
+        if name in CODECS:
+            convert, _ = CODECS[name]
+            return {name: map_values(convert, values)}
     return values
 
 
@@ -395,8 +397,8 @@ def rows_to_json(rows):
 def rows_from_json(text):
     """Undo rows_to_json."""
     names, columns = from_json(text)
-    rows = [{} for _ in zip(*columns)]
-    # This is twice as fast as a dict(zip(names, row)) for each row.
+    rows = [{} for _ in zip(*columns)]  # an empty dict for each row
+    # To fill them column by column is twice as fast as dict(zip(names, row)) for each row.
     for name, column in zip(names, columns):
         for row, value in zip(rows, column):
             row[name] = value
@@ -417,7 +419,7 @@ try:  # make_connection checks the URL, and does not connect
     redis.Redis.from_url(**REDIS_OPTIONS).connection_pool.make_connection()
 except (TypeError, ValueError, redis.RedisError):
     # The text of this error is left out because it could show the password.
-    raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
+    raise ValueError("REDIS_URL is not like redis://user:pass@host:port") from None
 
 # After these errors, Redis is not used for REDIS_PAUSE. After any other error, it still is,
 # because a Redis that refuses a command, for example because it is full, still serves hits.
@@ -438,10 +440,10 @@ def redis_client():
     redis-py lends a connection to one thread at a time, and makes new ones after a fork.
     """
     client = redis.Redis.from_url(**REDIS_OPTIONS)
+    is_cluster = False
     with suppress(redis.ResponseError):  # without INFO, only a single node can be used
-        if client.info("cluster").get("cluster_enabled"):
-            return redis.RedisCluster.from_url(**REDIS_OPTIONS)
-    return client
+        is_cluster = client.info("cluster").get("cluster_enabled")
+    return redis.RedisCluster.from_url(**REDIS_OPTIONS) if is_cluster else client
 
 
 def redis_is_paused():
@@ -492,7 +494,7 @@ def warn(problem, reason):
 
 port = os.environ.get("DB_PORT") or "3306"
 if not (port.isdecimal() and 0 < int(port) < 65536):
-    raise SettingError(f"DB_PORT is not a port number: {port!r}")
+    raise ValueError(f"DB_PORT is not a port number: {port!r}")
 MYSQL_OPTIONS = {
     "host": os.environ["DB_HOST"],
     "port": int(port),
@@ -516,7 +518,7 @@ if ca := os.environ.get("DB_SSL_CA"):
     try:  # PyMySQL then refuses a server without TLS, or with another certificate or name
         MYSQL_OPTIONS["ssl"] = ssl.create_default_context(cafile=ca)
     except OSError as error:
-        raise SettingError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
+        raise ValueError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
 
 
 def make_pool():
