@@ -206,6 +206,30 @@ def test_a_record_that_a_save_could_not_remove_is_removed_later(new_servers, db)
         assert module.planet(1) == other.planet(1) == NEW
 
 
+def test_a_removal_that_fails_while_an_older_one_is_made_up_for_is_kept(new_servers):
+    server = new_servers.redis()
+    with Relay(server.port) as relay:
+        module = load(REDIS_URL=server.url.replace(str(server.port), str(relay.port)))
+
+        def fail():
+            relay.target = free_port()
+            relay.cut()
+            module.invalidate("planet:1")
+            relay.target = server.port
+
+        def delete_and_fail_once(*keys):
+            delete(*keys)
+            removed.append(keys)
+            if len(removed) == 1:
+                fail()
+
+        fail()
+        client, removed = module.redis_client(), []
+        delete, client.delete = client.delete, delete_and_fail_once
+        module.remove_old_keys(client)
+    assert len(removed) == 2
+
+
 def test_a_slow_reader_does_not_undo_a_save_that_could_not_reach_redis(new_servers, db):
     server = new_servers.redis()
     with Relay(server.port) as relay:
