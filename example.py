@@ -18,7 +18,7 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
   that MySQL has closed is replaced (mysql_connection). A query cannot change data
   (connect_if_closed), and MySQL ends it after MYSQL_TIMEOUT (MYSQL_OPTIONS).
 - Redis may be a single node, a cluster or a serverless cache (redis_client, lock_key).
-- A setting that is missing or cannot be used is named in one line (Settings).
+- A setting that is missing or cannot be used is named in one line.
 The limits are listed near the end of this file.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
@@ -59,7 +59,7 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-old_keys = set()  # what invalidate could not remove from Redis: (key, time.monotonic())
+old_keys = {}  # key that invalidate could not remove -> the time.monotonic() of that
 paused_until = 0  # results are not looked up in Redis before this time.monotonic()
 
 log = logging.getLogger(__name__)
@@ -309,27 +309,32 @@ def release(lock):
 
 def invalidate(key):
     """Remove a key from Redis. Call it after the COMMIT that changes its row."""
+    lock_name = lock_key(key)
     try:
         client = redis_client()
-        client.delete(key, lock_key(key))
+        client.delete(key, lock_name)
         remove_old_keys(client)
     except REDIS_ERRORS as error:
         warn("a key in Redis stays old for now", error)
-        old_keys.add((key, time.monotonic()))  # an entry of its own for each failure
+        old_keys[key] = time.monotonic()
         pause_redis()  # during the pause, this process reads from MySQL
 
 
 def remove_old_keys(client):
     """Remove the keys that invalidate could not remove. If it fails, pause and raise."""
     while old_keys:
-        entries = list(old_keys)[:1000]  # more could take too long for one command
+        entries = list(old_keys.items())[
+            :1000
+        ]  # more could take too long for one command
         keys = [key for key, _ in entries]
         try:
             client.delete(*keys, *map(lock_key, keys))
         except REDIS_ERRORS:
             pause_redis()
             raise
-        old_keys.difference_update(entries)
+        for key, failed_at in entries:
+            if old_keys.get(key) == failed_at:  # it has not failed again meanwhile
+                old_keys.pop(key, None)  # another thread may have done this
 
 
 # ---- Serialization: JSON, because unpickling a value could run code

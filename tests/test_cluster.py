@@ -78,7 +78,7 @@ def test_saves_and_rows_that_do_not_exist_are_cached(modules, db):
 def test_what_saves_could_not_remove_is_removed_from_all_shards(modules, cache):
     keys = {f"planet:{id}": "old" for id in range(1500)}
     cache.mset_nonatomic(keys)
-    modules[0].old_keys.update((key, 0) for key in keys)
+    modules[0].old_keys.update(dict.fromkeys(keys, 0))
     modules[0].fetch("SELECT 1")
     assert not cache.keys("planet:*")
 
