@@ -323,18 +323,16 @@ def invalidate(key):
 def remove_old_keys(client):
     """Remove the keys that invalidate could not remove. If it fails, pause and raise."""
     while old_keys:
-        entries = list(old_keys.items())[
-            :1000
-        ]  # more could take too long for one command
-        keys = [key for key, _ in entries]
+        # At most 1000, because more could take too long for one command.
+        failures = dict(list(old_keys.items())[:1000])
         try:
-            client.delete(*keys, *map(lock_key, keys))
+            client.delete(*failures, *map(lock_key, failures))
         except REDIS_ERRORS:
             pause_redis()
             raise
-        for key, failed_at in entries:
+        for key, failed_at in failures.items():
             if old_keys.get(key) == failed_at:  # it has not failed again meanwhile
-                old_keys.pop(key, None)  # another thread may have done this
+                old_keys.pop(key, None)  # another thread may have removed it
 
 
 # ---- Serialization: JSON, because unpickling a value could run code
