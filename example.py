@@ -59,7 +59,7 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-old_keys = {}  # key that invalidate could not remove -> the time.monotonic() of that
+old_keys = {}  # key that invalidate could not remove -> time.monotonic() when it failed
 paused_until = 0  # results are not looked up in Redis before this time.monotonic()
 
 log = logging.getLogger(__name__)
@@ -601,8 +601,8 @@ def execute(connection, sql, args):
 # - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
 #   invalidate removes it. The TTL begins when the result is stored, which can be up to
 #   LOCK_TTL after its query.
-# - If invalidate cannot remove a record, this process does not use Redis until it can. Until
-#   then, other processes may return the old record.
+# - If invalidate cannot remove a record, this process keeps the key in memory, and uses no node
+#   of Redis until it can. Until then, other processes may return the old record.
 # - If Redis loses the removal in a failover, or if the process dies before it, the old record
 #   stays for its TTL. A slow reader may store it once more, up to LOCK_TTL later.
 # - If MySQL commits a change only after the caller has got an error, invalidate was too early.
