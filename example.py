@@ -155,7 +155,7 @@ def save_planet(id, name):
     id. Raises pymysql.Error if MySQL fails. The planet may be saved nevertheless.
     """
     id = int(str(id))
-    # For 0, MySQL takes the next free id. For one that is too large, it may take 2**32 - 1.
+    # MySQL saves 0 under the next free id, and may save an id that is too large as 2**32 - 1.
     if not 0 < id < 2**32:
         raise ValueError(f"not the id of a planet: {id}")
     sql = "INSERT INTO planet SET id = %s, name = %s ON DUPLICATE KEY UPDATE name = %s"
@@ -203,10 +203,10 @@ def ttl_in_seconds(ttl):
 # - The lock is a key in Redis, which only one caller can have. The others wait for its result.
 # - A save deletes the lock, and only the caller that still has it can store. So a slow reader
 #   does not store an old result after a save.
-# - If Redis is out of reach, this process does not use it for REDIS_PAUSE. A call that begins
-#   in such a pause loads its result without a lock, and does not store it.
-# - A save tries to delete its key in Redis also during a pause. If it fails, this process
-#   deletes the key before it looks in Redis again.
+# - If Redis is out of reach, this process does not use it for REDIS_PAUSE. In such a pause, a
+#   caller that has no lock loads its result without one, and does not store it.
+# - A save tries to delete its key even in a pause. If that fails, this process deletes the key
+#   before it looks in Redis again.
 
 
 def cache_aside(key, read, load, store):

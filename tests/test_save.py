@@ -1,6 +1,7 @@
 """After save_planet has returned, every planet(id) returns the saved record."""
 
 import threading
+from contextlib import contextmanager
 
 import pymysql
 import pytest
@@ -174,80 +175,82 @@ def test_a_save_reaches_mysql_when_redis_is_away(fault, new_servers, db, caplog)
         module.save_planet(1, "x" * 31)
 
 
-def test_a_record_that_a_save_could_not_remove_is_removed_later(new_servers, db):
+@pytest.fixture
+def cut_off(new_servers):
+    """A Redis, the sample, and a context manager in which the sample cannot reach it."""
     server = new_servers.redis()
-    other = load(REDIS_URL=server.url)
-    with Relay(server.port) as relay, plain(server) as cache:
-        module = load(REDIS_URL=server.url.replace(str(server.port), str(relay.port)))
-        remove_old_keys = module.remove_old_keys
+    with Relay(server.port) as relay:
 
+        @contextmanager
         def cut():
             relay.target = free_port()
             relay.cut()
-
-        def cut_for_a_moment(client):
-            cut()
             try:
-                remove_old_keys(client)
+                yield
             finally:
                 relay.target = server.port
 
-        assert module.planet(1) == MERCURY
-        cut()
+        url = server.url.replace(str(server.port), str(relay.port))
+        yield server, load(REDIS_URL=url), cut
+
+
+def test_a_record_that_a_save_could_not_remove_is_removed_later(cut_off, db):
+    server, module, cut = cut_off
+    other, remove_old_keys = load(REDIS_URL=server.url), module.remove_old_keys
+
+    def cut_and_remove_old_keys(client):
+        with cut():
+            remove_old_keys(client)
+
+    assert module.planet(1) == MERCURY
+    with cut():
         assert module.save_planet(1, "New") == NEW
-        relay.target, module.paused_until = server.port, 0
-        module.remove_old_keys = cut_for_a_moment
-        assert module.planet(1) == NEW
-        assert other.planet(1) == MERCURY  # from Redis
-        module.remove_old_keys, module.paused_until = remove_old_keys, 0
+    module.remove_old_keys, module.paused_until = cut_and_remove_old_keys, 0
+    assert module.planet(1) == NEW
+    assert other.planet(1) == MERCURY  # from Redis
+    module.remove_old_keys, module.paused_until = remove_old_keys, 0
+    with plain(server) as cache:
         cache.set("lock:{planet:1}", "of a slow reader", ex=3)
         assert module.planet(2)["name"] == "Venus"
         assert not cache.exists("planet:1", "lock:{planet:1}")
-        assert module.planet(1) == other.planet(1) == NEW
+    assert module.planet(1) == other.planet(1) == NEW
 
 
-def test_a_removal_that_fails_while_an_older_one_is_made_up_for_is_kept(new_servers):
-    server = new_servers.redis()
-    with Relay(server.port) as relay:
-        module = load(REDIS_URL=server.url.replace(str(server.port), str(relay.port)))
+def test_a_removal_that_fails_while_an_older_one_is_repeated_is_kept(cut_off):
+    _, module, cut = cut_off
 
-        def fail():
-            relay.target = free_port()
-            relay.cut()
+    def fail():
+        with cut():
             module.invalidate("planet:1")
-            relay.target = server.port
 
-        def delete_and_fail_once(*keys):
-            delete(*keys)
-            removed.append(keys)
-            if len(removed) == 1:
-                fail()
+    def delete_and_fail_once(*keys):
+        delete(*keys)
+        removed.append(keys)
+        if len(removed) == 1:
+            fail()
 
-        fail()
-        client, removed = module.redis_client(), []
-        delete, client.delete = client.delete, delete_and_fail_once
-        module.remove_old_keys(client)
+    fail()
+    client, removed = module.redis_client(), []
+    delete, client.delete = client.delete, delete_and_fail_once
+    module.remove_old_keys(client)
     assert len(removed) == 2
 
 
-def test_a_slow_reader_does_not_undo_a_save_that_could_not_reach_redis(new_servers, db):
-    server = new_servers.redis()
-    with Relay(server.port) as relay:
-        module = load(REDIS_URL=server.url.replace(str(server.port), str(relay.port)))
-        query = module.query
+def test_a_slow_reader_does_not_undo_a_save_that_could_not_reach_redis(cut_off, db):
+    server, module, cut = cut_off
+    query = module.query
 
-        def slow_query(*args):
-            rows = query(*args)
-            module.query = query
-            relay.target = free_port()
-            relay.cut()
+    def slow_query(*args):
+        rows = query(*args)
+        module.query = query
+        with cut():
             assert module.save_planet(1, "New") == NEW
-            relay.target, module.paused_until = server.port, 0
-            return rows
+        module.paused_until = 0
+        return rows
 
-        module.query = slow_query
-        assert module.planet(1) == MERCURY
-        assert module.planet(1) == load(REDIS_URL=server.url).planet(1) == NEW
+    module.query = slow_query
+    assert module.planet(1) == MERCURY
+    assert module.planet(1) == load(REDIS_URL=server.url).planet(1) == NEW
 
 
 def test_after_a_save_a_read_only_redis_is_not_used(new_servers, db):
