@@ -322,15 +322,15 @@ def invalidate(key):
 
 def remove_old_keys(client):
     """Remove the keys that invalidate could not remove. If it fails, pause and raise."""
-    while old_keys:
-        # At most 1000, because more could take too long for one command.
-        failures = dict(list(old_keys.items())[:1000])
+    # At most 1000 at a time, because more could take too long for one command.
+    while failures := list(old_keys.items())[:1000]:
+        keys = dict(failures)
         try:
-            client.delete(*failures, *map(lock_key, failures))
+            client.delete(*keys, *map(lock_key, keys))
         except REDIS_ERRORS:
             pause_redis()
             raise
-        for key, failed_at in failures.items():
+        for key, failed_at in failures:
             if old_keys.get(key) == failed_at:  # it has not failed again meanwhile
                 old_keys.pop(key, None)  # another thread may have removed it
 

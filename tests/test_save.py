@@ -236,6 +236,16 @@ def test_a_removal_that_fails_while_an_older_one_is_repeated_is_kept(cut_off):
     assert len(removed) == 2
 
 
+def test_keys_that_another_thread_has_just_removed_are_no_failure(example, cache):
+    class Emptied(dict):
+        def __bool__(self):
+            return True  # as before the other thread removed the last key
+
+    example.old_keys = Emptied()
+    example.remove_old_keys(example.redis_client())
+    assert not example.redis_is_paused()
+
+
 def test_a_slow_reader_does_not_undo_a_save_that_could_not_reach_redis(cut_off, db):
     server, module, cut = cut_off
     query = module.query
