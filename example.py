@@ -7,7 +7,7 @@ store it in Redis for TTL seconds.
 The seven-line version is GET; on a miss, the query, and SETEX. What this adds, and where:
 - If many callers miss the same key, one loads and the others wait (cache_aside).
 - A slow reader does not store an old row after a save (store_if_locked). If a save cannot
-  reach Redis, its old record is removed later (remove_old_keys).
+  reach Redis, the old record is removed before it is used again (look_up).
 - If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
   most once a minute for each kind of error, without data or passwords (warn).
 - A value that cannot be read is replaced, and a warning is logged (look_up).
@@ -59,7 +59,7 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-old_keys = {}  # key that invalidate could not remove -> time.monotonic() when it failed
+keys_to_remove = set()  # keys that invalidate could not remove from Redis
 paused_until = 0  # results are not looked up in Redis before this time.monotonic()
 
 log = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ def ttl_in_seconds(ttl):
 # - If Redis is out of reach, this process does not use it for REDIS_PAUSE. In such a pause, a
 #   caller that has no lock loads its result without one, and does not store it.
 # - A save tries to delete its key even in a pause. If that fails, this process deletes the key
-#   before it looks in Redis again.
+#   before it looks it up again.
 
 
 def cache_aside(key, read, load, store):
@@ -258,13 +258,14 @@ def take_lock(name):
 def look_up(key, read):
     """Return the result that is in Redis, or MISS. Delete a value that cannot be read."""
     client = redis_client()
-    remove_old_keys(client)
+    if key in keys_to_remove:
+        client.delete(key, lock_key(key))
+        keys_to_remove.discard(key)
     try:
         result = read(client)
-    except Exception as error:
-        wrong_type = "WRONGTYPE" in str(error)  # the key holds, for example, a list
-        if isinstance(error, REDIS_ERRORS) and not wrong_type:
-            raise  # Redis has failed, and cache_aside handles it
+    except Exception as error:  # such as a redis.ResponseError, if the key holds a list
+        if isinstance(error, OUT_OF_REACH):
+            raise  # cache_aside handles it
         # Only the type of the error is logged, because its text can quote the value.
         warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
         client.delete(key)
@@ -303,6 +304,8 @@ def release(lock):
     """Delete the lock, if this caller still has it."""
     try:
         lock.release()
+    except LockError:
+        pass  # a save has deleted it, or it has expired
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
@@ -311,28 +314,10 @@ def invalidate(key):
     """Remove a key from Redis. Call it after the COMMIT that changes its row."""
     lock_name = lock_key(key)
     try:
-        client = redis_client()
-        client.delete(key, lock_name)
-        remove_old_keys(client)
+        redis_client().delete(key, lock_name)
     except REDIS_ERRORS as error:
-        warn("a key in Redis stays old for now", error)
-        old_keys[key] = time.monotonic()
-        pause_redis()  # during the pause, this process reads from MySQL
-
-
-def remove_old_keys(client):
-    """Remove the keys that invalidate could not remove. If it fails, pause and raise."""
-    # At most 1000 at a time, because more could take too long for one command.
-    while failures := list(old_keys.items())[:1000]:
-        keys = dict(failures)
-        try:
-            client.delete(*keys, *map(lock_key, keys))
-        except REDIS_ERRORS:
-            pause_redis()
-            raise
-        for key, failed_at in failures:
-            if old_keys.get(key) == failed_at:  # it has not failed again meanwhile
-                old_keys.pop(key, None)  # another thread may have removed it
+        keys_to_remove.add(key)  # look_up tries again
+        handle_redis_error(error)
 
 
 # ---- Serialization: JSON, because unpickling a value could run code
@@ -376,7 +361,8 @@ def encode_column(values):
 
 def decode(encoded):
     """Undo encode and encode_column."""
-    [(name, stored)] = encoded.items()  # a ValueError unless there is exactly one
+    [name] = encoded  # a ValueError unless it has exactly one key
+    stored = encoded[name]
     _, restore = CODECS[name]
     if isinstance(stored, list):  # a column
         return map_values(restore, stored)
@@ -400,7 +386,7 @@ def rows_to_json(rows):
 def rows_from_json(text):
     """Undo rows_to_json."""
     names, columns = from_json(text)
-    rows = [{} for _ in zip(*columns)]  # an empty dict for each row
+    rows = [{} for _ in columns[0]] if columns else []  # an empty dict for each row
     # To fill them column by column is twice as fast as dict(zip(names, row)) for each row.
     for name, column in zip(names, columns):
         for row, value in zip(rows, column):
@@ -426,7 +412,6 @@ except (TypeError, ValueError, redis.RedisError):
 
 # After these errors, Redis is not used for REDIS_PAUSE. After any other error, it still is,
 # because a Redis that refuses a command, for example because it is full, still serves hits.
-# (But if it refuses to remove a key, it is not used either, see invalidate.)
 OUT_OF_REACH = (
     redis.ConnectionError,
     redis.TimeoutError,
@@ -465,17 +450,9 @@ def pause_redis():
         paused_until = time.monotonic() + REDIS_PAUSE
 
 
-def lock_was_lost(error):
-    """Tell whether the error means that a save has deleted the lock, or that it has expired."""
-    # If the connection is lost, redis-py raises a WatchError with another text.
-    return isinstance(error, LockError) or str(error) == "Watched variable changed."
-
-
 def handle_redis_error(error):
-    """Log a warning, and pause if Redis is out of reach. A lost lock is no failure."""
-    if lock_was_lost(error):
-        return
-    warn(f"Redis failed with a {type(error).__name__}", error)
+    """Log a warning, and pause if Redis is out of reach."""
+    warn(f"a command to Redis failed with a {type(error).__name__}", error)
     if isinstance(error, OUT_OF_REACH):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
@@ -601,8 +578,8 @@ def execute(connection, sql, args):
 # - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
 #   invalidate removes it. The TTL begins when the result is stored, which can be up to
 #   LOCK_TTL after its query.
-# - If invalidate cannot remove a record, this process keeps the key in memory, and uses no node
-#   of Redis until it can. Until then, other processes may return the old record.
+# - If invalidate cannot remove a record, this process keeps the key in memory, and removes it
+#   before it looks it up again. Until then, other processes may return the old record.
 # - If Redis loses the removal in a failover, or if the process dies before it, the old record
 #   stays for its TTL. A slow reader may store it once more, up to LOCK_TTL later.
 # - If MySQL commits a change only after the caller has got an error, invalidate was too early.
