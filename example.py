@@ -7,7 +7,7 @@ store it in Redis for TTL seconds.
 The seven-line version is GET; on a miss, the query, and SETEX. What this adds, and where:
 - If many callers miss the same key, one loads and the others wait (cache_aside).
 - A slow reader does not store an old row after a save (store_if_locked). If a save cannot
-  reach Redis, the old record is removed before it is used again (look_up).
+  reach Redis, this process removes the old record before it reads it again (look_up).
 - If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
   most once a minute for each kind of error, without data or passwords (warn).
 - A value that cannot be read is replaced, and a warning is logged (look_up).
@@ -15,8 +15,8 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
   seven times as fast as from MySQL (encode_column). A value in Redis cannot run code.
 - Every key expires, even if a process dies between two commands (store_if_locked).
 - A process opens at most MAX_CONNECTIONS to MySQL, each used by one caller at a time. One
-  that MySQL has closed is replaced (mysql_connection). A query cannot change data
-  (connect_if_closed), and MySQL ends it after MYSQL_TIMEOUT (MYSQL_OPTIONS).
+  that MySQL has closed is replaced (mysql_connection). Queries run in read-only
+  transactions (connect_if_closed), and MySQL ends them after MYSQL_TIMEOUT (MYSQL_OPTIONS).
 - Redis may be a single node, a cluster or a serverless cache (redis_client, lock_key).
 - A setting that is missing or cannot be used is named in one line.
 The limits are listed near the end of this file.
@@ -59,7 +59,7 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-keys_to_remove = set()  # keys that invalidate could not remove from Redis
+keys_to_remove = set()  # keys that a save has not removed from Redis yet
 paused_until = 0  # results are not looked up in Redis before this time.monotonic()
 
 log = logging.getLogger(__name__)
@@ -259,13 +259,13 @@ def look_up(key, read):
     """Return the result that is in Redis, or MISS. Delete a value that cannot be read."""
     client = redis_client()
     if key in keys_to_remove:
-        client.delete(key, lock_key(key))
-        keys_to_remove.discard(key)
+        remove(key)
     try:
         result = read(client)
-    except Exception as error:  # such as a redis.ResponseError, if the key holds a list
-        if isinstance(error, OUT_OF_REACH):
-            raise  # cache_aside handles it
+    except Exception as error:
+        wrong_type = "WRONGTYPE" in str(error)  # the key holds, for example, a list
+        if isinstance(error, REDIS_ERRORS) and not wrong_type:
+            raise  # Redis has failed, and cache_aside handles it
         # Only the type of the error is logged, because its text can quote the value.
         warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
         client.delete(key)
@@ -296,6 +296,8 @@ def store_if_locked(lock, store, result):
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them out together
+    except redis.WatchError as error:  # also if the connection was lost
+        log.info("a result was not stored: %s", error)
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
@@ -312,12 +314,18 @@ def release(lock):
 
 def invalidate(key):
     """Remove a key from Redis. Call it after the COMMIT that changes its row."""
-    lock_name = lock_key(key)
     try:
-        redis_client().delete(key, lock_name)
+        remove(key)
     except REDIS_ERRORS as error:
-        keys_to_remove.add(key)  # look_up tries again
         handle_redis_error(error)
+
+
+def remove(key):
+    """Delete the key and its lock. If this fails, look_up tries again."""
+    lock_name = lock_key(key)
+    keys_to_remove.add(key)
+    redis_client().delete(key, lock_name)
+    keys_to_remove.discard(key)
 
 
 # ---- Serialization: JSON, because unpickling a value could run code
@@ -592,7 +600,7 @@ def execute(connection, sql, args):
 #   at most MAX_CONNECTIONS queries at a time in MySQL.
 # - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all keys
 #   for REDIS_PAUSE. One node of a cluster can cause that, and so can a result of many MB,
-#   each time it is stored or read. The look-up of a host name can take longer.
+#   each time it is read. The look-up of a host name can take longer.
 # - If the reply that gives a caller the lock is late, or if it fails to release the lock, other
 #   callers wait until the lock expires after LOCK_TTL.
 # - If Redis grants locks but refuses to store, callers load one after the other, for up to
