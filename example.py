@@ -17,7 +17,7 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
 - A process opens at most MAX_CONNECTIONS to MySQL, each used by one caller at a time. One
   that MySQL has closed is replaced (mysql_connection). Queries run in read-only
   transactions (connect_if_closed), and MySQL ends them after MYSQL_TIMEOUT (MYSQL_OPTIONS).
-- Redis may be a single node, a cluster or a serverless cache (redis_client, lock_key).
+- Redis may be a single node, a cluster or a serverless cache (redis_client, lock_name).
 - A setting that is missing or cannot be used is named in one line.
 The limits are listed near the end of this file.
 
@@ -51,15 +51,18 @@ REDIS_TIMEOUT = 0.2  # to connect to Redis, to send a command, or to wait for a 
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # to connect to MySQL, to send a statement, or to wait for its rows
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
-LOCK_TTL = 2 * MYSQL_TIMEOUT  # a lock expires after this; a slower load is not stored
-MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT  # how long callers wait for another one's result
+# A load waits for a connection, and then for its rows. If it takes longer than LOCK_TTL, its
+# lock expires, and its result is not stored.
+LOCK_TTL = 2 * MYSQL_TIMEOUT
+# How long others wait for its result: if its process dies, until one of them has loaded it.
+MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT
 POLL_EVERY = 0.05  # how long they sleep before they look for it again
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-keys_to_remove = set()  # keys that a save has not removed from Redis yet
+keys_to_remove = {}  # key that a save has not removed from Redis yet -> its last attempt
 paused_until = 0  # results are not looked up in Redis before this time.monotonic()
 
 log = logging.getLogger(__name__)
@@ -110,7 +113,7 @@ def record(key, sql, args=None, ttl=None):
     """Return one row as a dict, or None if there is no such row.
 
     key: the key in Redis. Each row needs its own, and so does each list of columns. It must
-    not contain a }, see lock_key.
+    not contain a }, see lock_name.
     sql: a SELECT of one row. args, ttl: as for fetch. Raises pymysql.Error if the row is
     not cached and the query fails. On a hit, the columns can be in another order.
     """
@@ -166,7 +169,7 @@ def save_planet(id, name):
     return planet(id)
 
 
-def lock_key(key):
+def lock_name(key):
     """Return the key of the lock: lock:{planet:1}
 
     In a cluster, a transaction needs both keys on one node. The braces make Redis choose
@@ -219,14 +222,14 @@ def cache_aside(key, read, load, store):
     the lock. If its process dies, the lock expires after LOCK_TTL. A caller that has waited
     for MAX_WAIT loads without a lock.
     """
-    lock_name = lock_key(key)
+    name = lock_name(key)  # a ValueError if the key contains a }
     deadline = time.monotonic() + MAX_WAIT
     try:
         while not redis_is_paused() and time.monotonic() < deadline:
             result = look_up(key, read)
             if result is not MISS:
                 return result
-            lock = take_lock(lock_name)
+            lock = take_lock(name)
             if lock:
                 return load_with_lock(lock, key, read, load, store)
             time.sleep(POLL_EVERY)
@@ -259,7 +262,7 @@ def look_up(key, read):
     """Return the result that is in Redis, or MISS. Delete a value that cannot be read."""
     client = redis_client()
     if key in keys_to_remove:
-        remove(key)
+        invalidate_or_raise(key)
     try:
         result = read(client)
     except Exception as error:
@@ -296,8 +299,9 @@ def store_if_locked(lock, store, result):
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them out together
-    except redis.WatchError as error:  # also if the connection was lost
-        log.info("a result was not stored: %s", error)
+    except redis.WatchError as error:
+        if str(error) != "Watched variable changed.":  # the connection was lost
+            warn("a result was not stored in Redis", error)
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
@@ -315,17 +319,18 @@ def release(lock):
 def invalidate(key):
     """Remove a key from Redis. Call it after the COMMIT that changes its row."""
     try:
-        remove(key)
+        invalidate_or_raise(key)
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
 
-def remove(key):
-    """Delete the key and its lock. If this fails, look_up tries again."""
-    lock_name = lock_key(key)
-    keys_to_remove.add(key)
-    redis_client().delete(key, lock_name)
-    keys_to_remove.discard(key)
+def invalidate_or_raise(key):
+    """Delete the key and its lock. If Redis fails, raise, and look_up tries again."""
+    name = lock_name(key)
+    attempt = keys_to_remove[key] = object()
+    redis_client().delete(key, name)
+    if keys_to_remove.get(key) is attempt:  # no other save has begun to remove it
+        del keys_to_remove[key]
 
 
 # ---- Serialization: JSON, because unpickling a value could run code
@@ -449,8 +454,8 @@ def redis_is_paused():
 def pause_redis():
     """Do not use Redis for REDIS_PAUSE, and then connect again.
 
-    A failure during a pause does not extend it, because otherwise frequent saves could keep
-    Redis out of use.
+    A save tries Redis even in a pause. If its failure extended the pause, frequent saves could
+    keep Redis out of use.
     """
     global paused_until
     if not redis_is_paused():
@@ -620,6 +625,7 @@ def execute(connection, sql, args):
 # ---- The demonstration
 
 if __name__ == "__main__":
+    del sys.tracebacklimit  # the settings are right
     slow = "SELECT SLEEP(0.05)"
     calls = [(fetch, slow), (fetch, slow), (planet, 1), (planet, 1)]
     try:

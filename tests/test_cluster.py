@@ -77,7 +77,7 @@ def test_saves_and_rows_that_do_not_exist_are_cached(modules, db):
 
 def test_what_a_save_could_not_remove_is_removed_later(modules, cache):
     cache.set("planet:1", "old")
-    modules[0].keys_to_remove.add("planet:1")
+    modules[0].keys_to_remove["planet:1"] = "failed"
     assert modules[0].planet(1) == MERCURY
 
 
@@ -91,4 +91,4 @@ def test_a_crowd_is_one_query(text, modules, cache, db):
     assert time.monotonic() - start < 1.5
     assert list(results) == 60 * [[{"x": text, "y": 0}]]
     assert selects(db) == before + 1
-    assert not cache.exists(modules[0].lock_key(modules[0].fetch_key(sql)))
+    assert not cache.exists(modules[0].lock_name(modules[0].fetch_key(sql)))

@@ -214,6 +214,22 @@ def test_a_record_that_a_save_could_not_remove_is_removed_later(cut_off, db):
         assert module.planet(1) == {"id": 1, "name": "Newer"}
 
 
+def test_a_removal_that_fails_while_another_one_succeeds_is_repeated(cut_off):
+    _, module, cut = cut_off
+    client = module.redis_client()
+    delete = client.delete
+
+    def delete_while_another_one_fails(*keys):
+        delete(*keys)
+        client.delete = delete
+        with cut():
+            module.invalidate("planet:1")
+
+    client.delete = delete_while_another_one_fails
+    module.invalidate("planet:1")
+    assert "planet:1" in module.keys_to_remove
+
+
 def test_a_slow_reader_does_not_undo_a_save_that_could_not_reach_redis(cut_off, db):
     server, module, cut = cut_off
     query = module.query
