@@ -299,9 +299,6 @@ def store_if_locked(lock, store, result):
                 pipe.multi()  # from here on, the pipe only collects the commands
                 store(pipe, result)
                 pipe.execute()  # Redis carries them out together
-    except redis.WatchError as error:
-        if str(error) != "Watched variable changed.":  # the connection was lost
-            warn("a result was not stored in Redis", error)
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
@@ -310,8 +307,6 @@ def release(lock):
     """Delete the lock, if this caller still has it."""
     try:
         lock.release()
-    except LockError:
-        pass  # a save has deleted it, or it has expired
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
@@ -465,6 +460,8 @@ def pause_redis():
 
 def handle_redis_error(error):
     """Log a warning, and pause if Redis is out of reach."""
+    if isinstance(error, LockError) or str(error) == "Watched variable changed.":
+        return  # no failure: a save has deleted the lock, or it has expired
     warn(f"a command to Redis failed with a {type(error).__name__}", error)
     if isinstance(error, OUT_OF_REACH):
         pause_redis()
