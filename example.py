@@ -62,7 +62,7 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-keys_to_remove = {}  # key that a save has not removed from Redis yet -> its last attempt
+failed_removals = {}  # key that invalidate could not remove -> time.monotonic() of the failure
 paused_until = 0  # results are not looked up in Redis before this time.monotonic()
 
 log = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ def ttl_in_seconds(ttl):
 # - If Redis is out of reach, this process does not use it for REDIS_PAUSE. In such a pause, a
 #   caller that has no lock loads its result without one, and does not store it.
 # - A save tries to delete its key even in a pause. If that fails, this process deletes the key
-#   before it looks it up again.
+#   before it looks it up again (failed_removals).
 
 
 def cache_aside(key, read, load, store):
@@ -261,8 +261,8 @@ def take_lock(name):
 def look_up(key, read):
     """Return the result that is in Redis, or MISS. Delete a value that cannot be read."""
     client = redis_client()
-    if key in keys_to_remove:
-        invalidate_or_raise(key)
+    if key in failed_removals:
+        repeat_removal(client, key)
     try:
         result = read(client)
     except Exception as error:
@@ -313,19 +313,20 @@ def release(lock):
 
 def invalidate(key):
     """Remove a key from Redis. Call it after the COMMIT that changes its row."""
+    name = lock_name(key)
     try:
-        invalidate_or_raise(key)
+        redis_client().delete(key, name)
     except REDIS_ERRORS as error:
+        failed_removals[key] = time.monotonic()
         handle_redis_error(error)
 
 
-def invalidate_or_raise(key):
-    """Delete the key and its lock. If Redis fails, raise, and look_up tries again."""
-    name = lock_name(key)
-    attempt = keys_to_remove[key] = object()
-    redis_client().delete(key, name)
-    if keys_to_remove.get(key) is attempt:  # no other save has begun to remove it
-        del keys_to_remove[key]
+def repeat_removal(client, key):
+    """Remove a key that invalidate could not remove."""
+    failed_at = failed_removals.get(key)
+    client.delete(key, lock_name(key))
+    if failed_removals.get(key) == failed_at:  # it has not failed again meanwhile
+        failed_removals.pop(key, None)
 
 
 # ---- Serialization: JSON, because unpickling a value could run code
@@ -461,7 +462,9 @@ def pause_redis():
 def handle_redis_error(error):
     """Log a warning, and pause if Redis is out of reach."""
     if isinstance(error, LockError) or str(error) == "Watched variable changed.":
-        return  # no failure: a save has deleted the lock, or it has expired
+        # The lock is lost: a save has deleted it, or it has expired. (If the connection is
+        # lost, redis-py raises a WatchError with another text.)
+        return
     warn(f"a command to Redis failed with a {type(error).__name__}", error)
     if isinstance(error, OUT_OF_REACH):
         pause_redis()

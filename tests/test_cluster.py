@@ -77,7 +77,7 @@ def test_saves_and_rows_that_do_not_exist_are_cached(modules, db):
 
 def test_what_a_save_could_not_remove_is_removed_later(modules, cache):
     cache.set("planet:1", "old")
-    modules[0].keys_to_remove["planet:1"] = "failed"
+    modules[0].failed_removals["planet:1"] = 1
     assert modules[0].planet(1) == MERCURY
 
 

@@ -321,6 +321,12 @@ def test_the_script_shows_each_technique_as_miss_and_as_hit(cache):
         assert result.stderr == ""
 
 
+def test_a_mistake_in_the_script_itself_is_shown_with_its_traceback(tmp_path):
+    script = tmp_path / "changed.py"
+    script.write_text((PROJECT / "example.py").read_text() + "    no_such_name\n")
+    assert "Traceback" in python(script, status=1).stderr
+
+
 def test_the_seed_can_run_again_and_loses_nothing(example, db, mysql_server, cache):
     db.execute("INSERT INTO planet VALUES (9, 'Pluto')")
     db.execute("UPDATE planet SET name = 'Gaia' WHERE id = 3")

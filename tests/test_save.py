@@ -214,20 +214,26 @@ def test_a_record_that_a_save_could_not_remove_is_removed_later(cut_off, db):
         assert module.planet(1) == {"id": 1, "name": "Newer"}
 
 
-def test_a_removal_that_fails_while_another_one_succeeds_is_repeated(cut_off):
+def test_a_removal_that_fails_again_while_it_is_repeated_is_kept(cut_off):
     _, module, cut = cut_off
-    client = module.redis_client()
-    delete = client.delete
 
-    def delete_while_another_one_fails(*keys):
-        delete(*keys)
-        client.delete = delete
+    def fail():
         with cut():
             module.invalidate("planet:1")
 
-    client.delete = delete_while_another_one_fails
-    module.invalidate("planet:1")
-    assert "planet:1" in module.keys_to_remove
+    def delete_and_fail(*keys):
+        delete(*keys)
+        fail()
+
+    fail()
+    assert module.redis_is_paused() and module.warned_at
+    client = module.redis_client()
+    delete, client.delete = client.delete, delete_and_fail
+    module.repeat_removal(client, "planet:1")
+    assert module.failed_removals
+    client.delete = delete
+    module.repeat_removal(client, "planet:1")
+    assert not module.failed_removals
 
 
 def test_a_slow_reader_does_not_undo_a_save_that_could_not_reach_redis(cut_off, db):
