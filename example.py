@@ -7,7 +7,8 @@ store it in Redis for TTL seconds.
 The seven-line version is GET; on a miss, the query, and SETEX. What this adds, and where:
 - If many callers miss the same key, one loads and the others wait (cache_aside).
 - A slow reader does not store an old row after a save (store_if_locked). If a save cannot
-  reach Redis, this process removes the old record before it reads it again (look_up).
+  reach Redis, this process removes the old record before it reads it again
+  (repeat_removal).
 - If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
   most once a minute for each kind of error, without data or passwords (warn).
 - A value that cannot be read is replaced, and a warning is logged (look_up).
@@ -51,12 +52,13 @@ REDIS_TIMEOUT = 0.2  # to connect to Redis, to send a command, or to wait for a 
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # to connect to MySQL, to send a statement, or to wait for its rows
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
-# A load waits for a connection, and then for its rows. If it takes longer than LOCK_TTL, its
-# lock expires, and its result is not stored.
+# A lock expires after the time to wait for a connection, and then for the rows. If a load takes
+# longer, its result is not stored.
 LOCK_TTL = 2 * MYSQL_TIMEOUT
-# How long others wait for its result: if its process dies, until one of them has loaded it.
+# How long callers wait for another one's result. If its process dies, this is the time until
+# its lock expires, and then for the next load.
 MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT
-POLL_EVERY = 0.05  # how long they sleep before they look for it again
+POLL_EVERY = 0.05  # how long they sleep before they look for the result again
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
 MISS = object()  # what a look-up returns if the key is not in Redis
@@ -69,13 +71,12 @@ log = logging.getLogger(__name__)
 
 # ---- Settings
 
-# If this file is run as a script, a wrong setting ends it with one line, without a traceback.
-if __name__ == "__main__":
-    sys.tracebacklimit = 0
+# A wrong setting is an exception on import. If this file is run as a script, it is one line.
+SettingError = SystemExit if __name__ == "__main__" else ValueError
 
 required = ["REDIS_URL", "DB_HOST", "DB_USER", "DB_PASS", "DB_NAME"]
 if missing := [name for name in required if not os.environ.get(name)]:
-    raise ValueError(f"not set in the environment: {', '.join(missing)}")
+    raise SettingError(f"not set in the environment: {', '.join(missing)}")
 
 # ---- The two techniques: rows as a string, and a row as a hash
 
@@ -135,7 +136,7 @@ def record(key, sql, args=None, ttl=None):
         fields = NO_ROW
         if row is not None:
             fields = {name: to_json(value) for name, value in row.items()}
-        # The hash has no old fields: read has found none, and only this caller may store.
+        # No old fields can remain: read has found no hash, and only this caller may store one.
         pipe.hset(key, mapping=fields)
         pipe.expire(key, ttl)
 
@@ -209,7 +210,7 @@ def ttl_in_seconds(ttl):
 # - If Redis is out of reach, this process does not use it for REDIS_PAUSE. In such a pause, a
 #   caller that has no lock loads its result without one, and does not store it.
 # - A save tries to delete its key even in a pause. If that fails, this process deletes the key
-#   before it looks it up again (failed_removals).
+#   before it looks it up again.
 
 
 def cache_aside(key, read, load, store):
@@ -226,6 +227,8 @@ def cache_aside(key, read, load, store):
     deadline = time.monotonic() + MAX_WAIT
     try:
         while not redis_is_paused() and time.monotonic() < deadline:
+            if key in failed_removals:
+                repeat_removal(key)
             result = look_up(key, read)
             if result is not MISS:
                 return result
@@ -261,14 +264,13 @@ def take_lock(name):
 def look_up(key, read):
     """Return the result that is in Redis, or MISS. Delete a value that cannot be read."""
     client = redis_client()
-    if key in failed_removals:
-        repeat_removal(client, key)
     try:
         result = read(client)
     except Exception as error:
-        wrong_type = "WRONGTYPE" in str(error)  # the key holds, for example, a list
-        if isinstance(error, REDIS_ERRORS) and not wrong_type:
-            raise  # Redis has failed, and cache_aside handles it
+        # WRONGTYPE: the key holds, for example, a list. Any other error of Redis is a failure,
+        # which cache_aside handles.
+        if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
+            raise
         # Only the type of the error is logged, because its text can quote the value.
         warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
         client.delete(key)
@@ -321,10 +323,10 @@ def invalidate(key):
         handle_redis_error(error)
 
 
-def repeat_removal(client, key):
+def repeat_removal(key):
     """Remove a key that invalidate could not remove."""
     failed_at = failed_removals.get(key)
-    client.delete(key, lock_name(key))
+    redis_client().delete(key, lock_name(key))
     if failed_removals.get(key) == failed_at:  # it has not failed again meanwhile
         failed_removals.pop(key, None)
 
@@ -342,10 +344,13 @@ CODECS = {
 
 
 def encode(value):
-    """Decimal("1.50") -> {"Decimal": "1.50"}. Raises KeyError for a type not in CODECS."""
+    """Decimal("1.50") -> {"type": "Decimal", "value": "1.50"}
+
+    Raises KeyError for a type that is not in CODECS.
+    """
     name = type(value).__name__
     convert, _ = CODECS[name]
-    return {name: convert(value)}
+    return {"type": name, "value": convert(value)}
 
 
 def map_values(function, values):
@@ -354,7 +359,7 @@ def map_values(function, values):
 
 
 def encode_column(values):
-    """[Decimal("1.50"), None] -> {"Decimal": ["1.50", None]}
+    """[Decimal("1.50"), None] -> {"type": "Decimal", "values": ["1.50", None]}
 
     Any other column is returned as it is. If it has several types, the JSON encoder calls
     encode for each value of a type that JSON lacks.
@@ -364,18 +369,16 @@ def encode_column(values):
         name = types.pop().__name__
         if name in CODECS:
             convert, _ = CODECS[name]
-            return {name: map_values(convert, values)}
+            return {"type": name, "values": map_values(convert, values)}
     return values
 
 
 def decode(encoded):
     """Undo encode and encode_column."""
-    [name] = encoded  # a ValueError unless it has exactly one key
-    stored = encoded[name]
-    _, restore = CODECS[name]
-    if isinstance(stored, list):  # a column
-        return map_values(restore, stored)
-    return restore(stored)
+    _, restore = CODECS[encoded["type"]]
+    if "values" in encoded:
+        return map_values(restore, encoded["values"])
+    return restore(encoded["value"])
 
 
 to_json = json.JSONEncoder(default=encode, separators=(",", ":")).encode
@@ -417,7 +420,7 @@ try:  # make_connection checks the URL, and does not connect
     redis.Redis.from_url(**REDIS_OPTIONS).connection_pool.make_connection()
 except (TypeError, ValueError, redis.RedisError):
     # The text of this error is left out because it could show the password.
-    raise ValueError("REDIS_URL is not like redis://user:pass@host:port") from None
+    raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
 
 # After these errors, Redis is not used for REDIS_PAUSE. After any other error, it still is,
 # because a Redis that refuses a command, for example because it is full, still serves hits.
@@ -487,7 +490,7 @@ def warn(problem, reason):
 
 port = os.environ.get("DB_PORT") or "3306"
 if not (port.isdecimal() and 0 < int(port) < 65536):
-    raise ValueError(f"DB_PORT is not a port number: {port!r}")
+    raise SettingError(f"DB_PORT is not a port number: {port!r}")
 MYSQL_OPTIONS = {
     "host": os.environ["DB_HOST"],
     "port": int(port),
@@ -511,7 +514,7 @@ if ca := os.environ.get("DB_SSL_CA"):
     try:  # PyMySQL then refuses a server without TLS, or with another certificate or name
         MYSQL_OPTIONS["ssl"] = ssl.create_default_context(cafile=ca)
     except OSError as error:
-        raise ValueError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
+        raise SettingError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
 
 
 def make_pool():
@@ -556,9 +559,9 @@ def query(sql, args=None):
     """Return the rows from MySQL as a list of dicts, without Redis. Raises pymysql.Error."""
     with mysql_connection() as connection:
         cursor = execute(connection, sql, args)
-        # A statement without rows can have made the session writable, such as SET SESSION
-        # TRANSACTION READ WRITE. After this error, mysql_connection closes it.
-        if not cursor.description:
+        # A statement without rows can have changed the session, such as SET SESSION TRANSACTION
+        # READ WRITE. This error makes mysql_connection close the connection.
+        if not cursor.description:  # it has no columns
             raise pymysql.ProgrammingError(f"not a query: {sql}")
         return list(cursor.fetchall())
 
@@ -625,7 +628,6 @@ def execute(connection, sql, args):
 # ---- The demonstration
 
 if __name__ == "__main__":
-    del sys.tracebacklimit  # the settings are right
     slow = "SELECT SLEEP(0.05)"
     calls = [(fetch, slow), (fetch, slow), (planet, 1), (planet, 1)]
     try:

@@ -26,7 +26,10 @@ TYPES = [
     ("DOUBLE", {"1e-300": 1e-300}),
     ("CHAR(4)", {"'a b'": "a b", "''": "", "'null'": "null"}),
     ("VARCHAR(9)", {"'\U0001f30d \\\\ \\\" \\n'": '\U0001f30d \\ " \n'}),
-    ("TEXT", {'\'{"Decimal":"1.5"}\'': '{"Decimal":"1.5"}'}),
+    (
+        "TEXT",
+        {'\'{"type":"Decimal","value":"1.5"}\'': '{"type":"Decimal","value":"1.5"}'},
+    ),
     ("LONGTEXT", {"REPEAT('x', 100000)": "x" * 100000}),
     ("BINARY(4)", {"X'00FF80'": b"\x00\xff\x80\x00"}),
     ("VARBINARY(9)", {"''": b""}),
@@ -102,9 +105,9 @@ def test_fetch_keeps_a_string_under_the_text_of_the_query(example, cache):
 
 def test_the_type_of_a_column_is_stored_once_or_for_each_value(example):
     text = example.rows_to_json([{"a": Decimal("1.5")}, {"a": None}])
-    assert text == '[["a"],[{"Decimal":["1.5",null]}]]'
+    assert text == '[["a"],[{"type":"Decimal","values":["1.5",null]}]]'
     text = example.rows_to_json([{"a": Decimal("1.5")}, {"a": "x"}])
-    assert text == '[["a"],[[{"Decimal":"1.5"},"x"]]]'
+    assert text == '[["a"],[[{"type":"Decimal","value":"1.5"},"x"]]]'
     assert example.rows_to_json([{"a": None}]) == '[["a"],[[null]]]'
 
 
@@ -293,8 +296,7 @@ def test_a_setting_that_is_missing_or_malformed_is_named(pattern, environment):
     line = error_line(**environment)
     assert re.search(pattern, line)
     module = python("-c", "import example", status=1, **environment)
-    assert module.stderr.endswith(f"\n{line}\n")
-    assert line.startswith("ValueError: ") and "Traceback" in module.stderr
+    assert module.stderr.endswith(f"\nValueError: {line}\n")
 
 
 def test_a_database_out_of_reach_is_one_line(cache):
@@ -319,12 +321,6 @@ def test_the_script_shows_each_technique_as_miss_and_as_hit(cache):
         assert re.findall("MySQL,|hit:", result.stdout) == words
         assert result.stdout.count(f": {MERCURY}\n") == 2
         assert result.stderr == ""
-
-
-def test_a_mistake_in_the_script_itself_is_shown_with_its_traceback(tmp_path):
-    script = tmp_path / "changed.py"
-    script.write_text((PROJECT / "example.py").read_text() + "    no_such_name\n")
-    assert "Traceback" in python(script, status=1).stderr
 
 
 def test_the_seed_can_run_again_and_loses_nothing(example, db, mysql_server, cache):

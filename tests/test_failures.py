@@ -332,10 +332,10 @@ GARBAGE = {
     "too deep": "[" * 100_000,
     "from the tutorial of 2019": '[{"name": "Planted"}]',
     "a pickle that ends the program": "csys\nexit\n(tR.",
-    "an unknown type": '{"eval":"exit()"}',
-    "two types": '{"Decimal":"1","bytes":"00"}',
-    "not a number": '{"Decimal":"Mercury"}',
-    "an infinite time": '{"timedelta":1e999}',
+    "an unknown type": '{"type":"eval","value":"exit()"}',
+    "no type": '{"value":"1"}',
+    "not a number": '{"type":"Decimal","value":"Mercury"}',
+    "an infinite time": '{"type":"timedelta","value":1e999}',
     "another type of key": None,
 }
 

@@ -229,10 +229,10 @@ def test_a_removal_that_fails_again_while_it_is_repeated_is_kept(cut_off):
     assert module.redis_is_paused() and module.warned_at
     client = module.redis_client()
     delete, client.delete = client.delete, delete_and_fail
-    module.repeat_removal(client, "planet:1")
+    module.repeat_removal("planet:1")
     assert module.failed_removals
     client.delete = delete
-    module.repeat_removal(client, "planet:1")
+    module.repeat_removal("planet:1")
     assert not module.failed_removals
 
 
