@@ -18,7 +18,7 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
 - A process opens at most MAX_CONNECTIONS to MySQL, each used by one caller at a time. One
   that MySQL has closed is replaced (mysql_connection). Queries run in read-only
   transactions (connect_if_closed), and MySQL ends them after MYSQL_TIMEOUT (MYSQL_OPTIONS).
-- Redis may be a single node, a cluster or a serverless cache (redis_client, lock_name).
+- Redis may be a single node, a cluster or a serverless cache (redis_client, name_of_lock).
 - A setting that is missing or cannot be used is named in one line.
 The limits are listed near the end of this file.
 
@@ -52,11 +52,11 @@ REDIS_TIMEOUT = 0.2  # to connect to Redis, to send a command, or to wait for a 
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # to connect to MySQL, to send a statement, or to wait for its rows
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
-# A lock expires after LOCK_TTL. That is enough to wait for a connection to MySQL and for the
-# rows. If a load takes longer, its result is not stored.
+# A lock expires after LOCK_TTL, because its process can die. A load that takes longer is not
+# stored. (Most of them wait only for a connection and for the rows.)
 LOCK_TTL = 2 * MYSQL_TIMEOUT
-# Callers wait for MAX_WAIT for another one's result. That is enough even if the process of that
-# caller dies: its lock expires, and the next caller loads.
+# Callers wait at most MAX_WAIT for another one's result. It is longer than LOCK_TTL, so that
+# after the death of that process, one of them can load for all.
 MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT
 POLL_EVERY = 0.05  # how long they sleep before they look for the result again
 WARN_EVERY = 60  # the same warning is not repeated within this time
@@ -114,7 +114,7 @@ def record(key, sql, args=None, ttl=None):
     """Return one row as a dict, or None if there is no such row.
 
     key: the key in Redis. Each row needs its own, and so does each list of columns. It must
-    not contain a }, see lock_name.
+    not contain a }, see name_of_lock.
     sql: a SELECT of one row. args, ttl: as for fetch. Raises pymysql.Error if the row is
     not cached and the query fails. On a hit, the columns can be in another order.
     """
@@ -170,7 +170,7 @@ def save_planet(id, name):
     return planet(id)
 
 
-def lock_name(key):
+def name_of_lock(key):
     """Return the key of the lock: lock:{planet:1}
 
     In a cluster, a transaction needs both keys on one node. The braces make Redis choose
@@ -223,7 +223,7 @@ def cache_aside(key, read, load, store):
     the lock. If its process dies, the lock expires after LOCK_TTL. A caller that has waited
     for MAX_WAIT loads without a lock.
     """
-    name = lock_name(key)  # a ValueError if the key contains a }
+    lock_name = name_of_lock(key)  # a ValueError if the key contains a }
     deadline = time.monotonic() + MAX_WAIT
     try:
         while not redis_is_paused() and time.monotonic() < deadline:
@@ -232,7 +232,7 @@ def cache_aside(key, read, load, store):
             result = look_up(key, read)
             if result is not MISS:
                 return result
-            lock = take_lock(name)
+            lock = take_lock(lock_name)
             if lock:
                 return load_with_lock(lock, key, read, load, store)
             time.sleep(POLL_EVERY)
@@ -318,9 +318,9 @@ def invalidate(key):
 
     If Redis fails, this does not raise. The key is deleted before this process looks it up.
     """
-    name = lock_name(key)
+    lock_name = name_of_lock(key)
     try:
-        redis_client().delete(key, name)
+        redis_client().delete(key, lock_name)
     except REDIS_ERRORS as error:
         failed_removals[key] = time.monotonic()
         handle_redis_error(error)
@@ -329,7 +329,7 @@ def invalidate(key):
 def repeat_removal(key):
     """Delete a key that invalidate could not delete, and its lock. Raises if Redis fails."""
     failed_at = failed_removals.get(key)
-    redis_client().delete(key, lock_name(key))
+    redis_client().delete(key, name_of_lock(key))
     if failed_removals.get(key) == failed_at:  # it has not failed again meanwhile
         failed_removals.pop(key, None)
 

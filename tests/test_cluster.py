@@ -91,4 +91,4 @@ def test_a_crowd_is_one_query(text, modules, cache, db):
     assert time.monotonic() - start < 1.5
     assert list(results) == 60 * [[{"x": text, "y": 0}]]
     assert selects(db) == before + 1
-    assert not cache.exists(modules[0].lock_name(modules[0].fetch_key(sql)))
+    assert not cache.exists(modules[0].name_of_lock(modules[0].fetch_key(sql)))
