@@ -44,7 +44,7 @@ from decimal import Decimal
 
 import pymysql
 import redis
-from redis.exceptions import ClusterDownError, LockError
+from redis.exceptions import ClusterDownError, LockError, MovedError
 
 # All times are in seconds.
 TTL = 10  # how long Redis keeps a result
@@ -53,7 +53,7 @@ REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # to connect to MySQL, to send a statement, or to wait for its rows
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
 # A lock expires after LOCK_TTL, because its process can die. A load that takes longer is not
-# stored. (Most of them wait only for a connection and for the rows.)
+# stored. (A load waits for a connection, and then for its rows.)
 LOCK_TTL = 2 * MYSQL_TIMEOUT
 # Callers wait at most MAX_WAIT for another one's result. It is longer than LOCK_TTL, so that
 # after the death of that process, one of them can load for all.
@@ -475,8 +475,9 @@ def handle_redis_error(error):
     warn(f"a command to Redis failed with a {type(error).__name__}", error)
     if isinstance(error, OUT_OF_REACH):
         pause_redis()
-    elif isinstance(error, redis.ReadOnlyError):
-        redis_client.cache_clear()  # after a failover, REDIS_URL leads to another node
+    elif isinstance(error, (redis.ReadOnlyError, MovedError)):
+        # Connect again: REDIS_URL leads to another node after a failover, or to a cluster.
+        redis_client.cache_clear()
 
 
 def warn(problem, reason):
