@@ -7,8 +7,7 @@ store it in Redis for TTL seconds.
 The seven-line version is GET; on a miss, the query, and SETEX. What this adds, and where:
 - If many callers miss the same key, one loads and the others wait (cache_aside).
 - A slow reader does not store an old row after a save (store_if_locked). If a save cannot
-  reach Redis, this process removes the old record before it reads it again
-  (repeat_removal).
+  reach Redis, this process removes the old record before its next look-up (repeat_removal).
 - If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
   most once a minute for each kind of error, without data or passwords (warn).
 - A value that cannot be read is replaced, and a warning is logged (look_up).
@@ -17,7 +16,7 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
 - Every key expires, even if a process dies between two commands (store_if_locked).
 - A process opens at most MAX_CONNECTIONS to MySQL, each used by one caller at a time. One
   that MySQL has closed is replaced (mysql_connection). Queries run in read-only
-  transactions (connect_if_closed), and MySQL ends them after MYSQL_TIMEOUT (MYSQL_OPTIONS).
+  transactions (connect_if_closed). MySQL ends a query after MYSQL_TIMEOUT (MYSQL_OPTIONS).
 - Redis may be a single node, a cluster or a serverless cache (redis_client, name_of_lock).
 - A setting that is missing or cannot be used is named in one line.
 The limits are listed near the end of this file.
@@ -52,11 +51,11 @@ REDIS_TIMEOUT = 0.2  # to connect to Redis, to send a command, or to wait for a 
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # to connect to MySQL, to send a statement, or to wait for its rows
 MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
-# A lock expires after LOCK_TTL, because its process can die. A load that takes longer is not
-# stored. (A load waits for a connection, and then for its rows.)
+# A lock expires after LOCK_TTL, because the process that has it can die. If a load takes longer,
+# its result is not stored. (A load waits for a connection, and then for its rows.)
 LOCK_TTL = 2 * MYSQL_TIMEOUT
-# Callers wait at most MAX_WAIT for another one's result. It is longer than LOCK_TTL, so that
-# after the death of that process, one of them can load for all.
+# Callers wait at most MAX_WAIT while another one loads. If its process dies, the lock expires
+# before MAX_WAIT is over, and one of them loads.
 MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT
 POLL_EVERY = 0.05  # how long they sleep before they look for the result again
 WARN_EVERY = 60  # the same warning is not repeated within this time
@@ -210,7 +209,7 @@ def ttl_in_seconds(ttl):
 # - If Redis is out of reach, this process does not use it for REDIS_PAUSE. During such a pause,
 #   callers take no locks. They load their results from MySQL, and do not store them.
 # - A save tries to delete its key even in a pause. If that fails, this process deletes the key
-#   before it looks it up again.
+#   before its next look-up.
 
 
 def cache_aside(key, read, load, store):
@@ -267,8 +266,8 @@ def look_up(key, read):
     try:
         result = read(client)
     except Exception as error:
-        # WRONGTYPE: the key holds, for example, a list. Any other error of Redis is a failure,
-        # which cache_aside handles.
+        # WRONGTYPE: the key holds, for example, a list. cache_aside handles the other errors of
+        # Redis.
         if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
             raise
         # Only the type of the error is logged, because its text can quote the value.
@@ -316,7 +315,7 @@ def release(lock):
 def invalidate(key):
     """Delete a key and its lock from Redis. Call it after the COMMIT that changes its row.
 
-    If Redis fails, this does not raise. The key is deleted before this process looks it up.
+    If Redis fails, this raises no error. This process deletes the key before its next look-up.
     """
     lock_name = name_of_lock(key)
     try:
@@ -388,8 +387,8 @@ to_json = json.JSONEncoder(default=encode, separators=(",", ":")).encode
 from_json = json.JSONDecoder(object_hook=decode).decode
 
 # Rows are stored as columns, so that the type of a column is stored and looked up once. So a
-# hit of 10,000 rows is about seven times as fast as MySQL. If each value had its type beside
-# it, it would take twice as long.
+# hit of 10,000 rows is about seven times as fast as MySQL. With its type beside each value,
+# decoding them takes almost twice as long.
 
 
 def rows_to_json(rows):
@@ -476,7 +475,8 @@ def handle_redis_error(error):
     if isinstance(error, OUT_OF_REACH):
         pause_redis()
     elif isinstance(error, (redis.ReadOnlyError, MovedError)):
-        # Connect again: REDIS_URL leads to another node after a failover, or to a cluster.
+        # Make a new client: after a failover, REDIS_URL leads to another node. A MovedError
+        # means that it leads to a cluster.
         redis_client.cache_clear()
 
 
@@ -599,8 +599,8 @@ def execute(connection, sql, args):
 # - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
 #   invalidate removes it. The TTL begins when the result is stored, which can be up to
 #   LOCK_TTL after its query.
-# - If invalidate cannot remove a record, this process keeps the key in memory, and removes it
-#   before it looks it up again. Until then, other processes may return the old record.
+# - If invalidate cannot remove a record, this process keeps the key in memory, and removes the
+#   record before its next look-up. Until then, other processes may return the old record.
 # - If Redis loses the removal in a failover, or if the process dies before it, the old record
 #   stays for its TTL. A slow reader may store it once more, up to LOCK_TTL later.
 # - If MySQL commits a change only after the caller has got an error, invalidate was too early.
