@@ -14,9 +14,8 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
 - A hit returns what the miss returned, in values and types (encode). A value in Redis cannot
   run code.
 - Every key expires, even if a process dies between two commands (store_if_locked).
-- A process opens at most MAX_CONNECTIONS to MySQL, each used by one caller at a time. One
-  that MySQL has closed is replaced (mysql_connection). Queries run in read-only
-  transactions (connect_if_closed). MySQL ends a query after MYSQL_TIMEOUT (MYSQL_OPTIONS).
+- A connection to MySQL is used by one caller at a time, and replaced if MySQL has closed it
+  (mysql_connection). Queries cannot write (MYSQL_OPTIONS).
 - Redis may be a single node, a cluster or a serverless cache (redis_client, name_of_lock).
 - A setting that is missing or cannot be used is named in one line.
 The limits are listed near the end of this file.
@@ -24,19 +23,19 @@ The limits are listed near the end of this file.
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
 DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities. Without it,
 TLS is used only if MySQL offers it, and the certificate is not verified. Needs Linux or
-macOS, the packages in requirements.txt, and at least Python 3.9, Redis 6.2, and MySQL 5.7
-or MariaDB 10.1. With asyncio, call the functions in a thread. The debug log shows each hit,
-with its key, and each query, with its args.
+macOS, the packages in requirements.txt, and at least Python 3.9, Redis 6.2, and MySQL 5.7.20
+or MariaDB 10.1. With asyncio, call the functions in a thread. The debug log shows each hit
+and each query, with its args.
 """
 
 import functools
 import json
 import logging
 import os
-import queue
 import ssl
 import sys
 import time
+from collections import deque
 from contextlib import contextmanager, suppress
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -50,9 +49,9 @@ TTL = 10  # how long Redis keeps a result
 REDIS_TIMEOUT = 0.2  # to connect to Redis, to send a command, or to wait for a reply
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # to connect to MySQL, to send a statement, or to wait for its rows
-MAX_CONNECTIONS = 10  # to MySQL, per process; MySQL must allow them for all processes
+MAX_IDLE = 10  # how many connections to MySQL a process keeps open for later calls
 # A lock expires after LOCK_TTL, because the process that has it can die. If a load takes longer,
-# its result is not stored. (A load waits for a connection, and then for its rows.)
+# its result is not stored.
 LOCK_TTL = 2 * MYSQL_TIMEOUT
 # Callers wait at most MAX_WAIT while another one loads. If its process dies, the lock expires
 # before MAX_WAIT is over, and one of them loads.
@@ -508,12 +507,11 @@ MYSQL_OPTIONS = {
     "connect_timeout": MYSQL_TIMEOUT,
     "read_timeout": MYSQL_TIMEOUT,
     "write_timeout": MYSQL_TIMEOUT,
-    # MySQL ends a SELECT just before PyMySQL would give up, and a wait for a lock after 2 s.
-    # Only MySQL runs what is in /*!50708 */, and only MariaDB what is in /*M! */.
+    # Queries cannot write, and the server ends a query when PyMySQL gives up. MySQL runs what is
+    # in /*!50720 */ (version 5.7.20 or newer), and MariaDB what is in /*M! */.
     "init_command": "SET SESSION"
-    f" /*!50708 max_execution_time = {1000 * MYSQL_TIMEOUT - 100:.0f}, */"  # milliseconds
-    f" /*M! max_statement_time = {MYSQL_TIMEOUT - 0.1}, */"
-    " innodb_lock_wait_timeout = 2, lock_wait_timeout = 2",
+    f" /*!50720 transaction_read_only = 1, max_execution_time = {1000 * MYSQL_TIMEOUT} */"
+    f" /*M! tx_read_only = 1, max_statement_time = {MYSQL_TIMEOUT} */",
 }
 if ca := os.environ.get("DB_SSL_CA"):
     try:  # PyMySQL then refuses a server without TLS, or with another certificate or name
@@ -521,49 +519,31 @@ if ca := os.environ.get("DB_SSL_CA"):
     except OSError as error:
         raise SettingError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
 
-
-def make_pool():
-    """Make the pool of connections. Each is opened when it is first used."""
-    global pool
-    pool = queue.LifoQueue()
-    for _ in range(MAX_CONNECTIONS):
-        pool.put(pymysql.connect(**MYSQL_OPTIONS, defer_connect=True))
-
-
-make_pool()
-os.register_at_fork(after_in_child=make_pool)  # a fork must not use those of its parent
+idle_connections = deque(maxlen=MAX_IDLE)
+os.register_at_fork(after_in_child=idle_connections.clear)  # they belong to the parent
 
 
 @contextmanager
 def mysql_connection():
-    """Lend a connection of the pool, which no other caller uses meanwhile."""
+    """Lend a connection, which no other caller uses meanwhile."""
     try:
-        connection = pool.get(timeout=MYSQL_TIMEOUT)
-    except queue.Empty:
-        message = f"all {MAX_CONNECTIONS} connections are in use"
-        raise pymysql.OperationalError(message) from None
+        connection = idle_connections.pop()
+        connection.ping(reconnect=False)
+    except (IndexError, pymysql.Error):  # none is idle, or MySQL has closed this one
+        connection = pymysql.connect(**MYSQL_OPTIONS)
     try:
-        connect_if_closed(connection)
         yield connection
     except BaseException:
-        connection.close()  # its state is unknown; connect_if_closed opens it again
+        connection.close()  # its state is unknown
         raise
-    finally:
-        pool.put(connection)
-
-
-def connect_if_closed(connection):
-    try:
-        connection.ping(reconnect=False)
-    except pymysql.Error:  # it is not open yet, or MySQL has closed it
-        connection.connect()
-        connection.query("SET SESSION TRANSACTION READ ONLY")
+    idle_connections.append(connection)  # if there are too many, the oldest is closed
 
 
 def query(sql, args=None):
     """Return the rows from MySQL as a list of dicts, without Redis. Raises pymysql.Error."""
-    with mysql_connection() as connection:
-        cursor = execute(connection, sql, args)
+    with mysql_connection() as connection, connection.cursor() as cursor:
+        log.debug("MySQL: %s", fetch_key(sql, args))
+        cursor.execute(sql, args)
         # A statement without rows can have changed the session, such as SET SESSION TRANSACTION
         # READ WRITE. This error makes mysql_connection close the connection.
         if not cursor.description:  # it has no columns
@@ -577,20 +557,12 @@ def write(sql, args=None):
     Returns the id of a new row (AUTO_INCREMENT), or None. After it, even if it has raised
     an error, invalidate the keys of the rows that it changes or inserts.
     """
-    with mysql_connection() as connection:
-        connection.query("START TRANSACTION READ WRITE")
-        cursor = execute(connection, sql, args)
+    with mysql_connection() as connection, connection.cursor() as cursor:
+        cursor.execute("START TRANSACTION READ WRITE")
+        log.debug("MySQL: %s", fetch_key(sql, args))
+        cursor.execute(sql, args)
         connection.commit()
         return cursor.lastrowid or None
-
-
-def execute(connection, sql, args):
-    cursor = connection.cursor()
-    sql = cursor.mogrify(sql, args)  # put the args, quoted, in the place of each %s
-    start = time.perf_counter()
-    cursor.execute(sql)
-    log.debug("MySQL, %.2f ms: %s", 1000 * (time.perf_counter() - start), sql)
-    return cursor
 
 
 # ---- Limits
@@ -609,8 +581,8 @@ def execute(connection, sql, args):
 # - If DB_HOST leads to a replica, a reader may store an old record after invalidate.
 #
 # While Redis fails:
-# - If Redis is out of reach or full, callers do not wait for one another. But each process runs
-#   at most MAX_CONNECTIONS queries at a time in MySQL.
+# - If Redis is out of reach or full, callers do not wait for one another. Each queries MySQL,
+#   on a connection of its own, and MySQL must allow as many.
 # - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all keys
 #   for REDIS_PAUSE. One node of a cluster can cause that, and so can a result of many MB,
 #   each time it is read. The look-up of a host name can take longer.
@@ -620,9 +592,7 @@ def execute(connection, sql, args):
 #   MAX_WAIT.
 #
 # While MySQL is slow:
-# - A call that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
-# - If MySQL hangs, a miss raises an error after about 30 s at most: up to 15 s of waiting for
-#   another caller, 5 s for a free connection, 5 s for a ping, and 5 s for a new connection.
+# - If it hangs, a miss raises an error after 10 s, or 25 s if it has waited for another caller.
 # - Callers that have waited for MAX_WAIT query MySQL at the same time.
 #
 # Rights:

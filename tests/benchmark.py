@@ -111,10 +111,10 @@ def own_database(bench):
     bench.cases = list_cases(bench)
     bench.keys = [case.key for case in bench.cases]
     # Connections that can write, without the time limits of the sample.
-    login = {**example.MYSQL_OPTIONS, "database": None}
+    login = {**example.MYSQL_OPTIONS, "database": None, "init_command": None}
     login.update(read_timeout=None, write_timeout=None)
     bench.login, example.MYSQL_OPTIONS["database"] = login, bench.name
-    example.make_pool()
+    example.idle_connections.clear()
     example.TTL = 60  # no key expires between a miss and its hits
     try:
         with pymysql.connect(**login) as bench.db:

@@ -38,6 +38,12 @@ def selects(db):
     return int(db.fetchone()[1])
 
 
+def running(db, text):
+    """How many queries with this text MySQL runs now."""
+    processes = "SELECT id FROM information_schema.processlist WHERE info LIKE %s"
+    return db.execute(f"{processes} AND id <> CONNECTION_ID()", (f"%{text}%",))
+
+
 def plain(server):
     """A client of a Redis, without the sample."""
     return redis.Redis(port=server.port, password=server.password)
@@ -216,6 +222,19 @@ class Relay(socketserver.ThreadingTCPServer):
                 drain.sendall(data)
         with contextlib.suppress(OSError):
             drain.shutdown(socket.SHUT_RDWR)
+
+
+def shorten_timeouts(module):
+    """Shorten MYSQL_TIMEOUT, PyMySQL's timeouts, and MySQL's own, to half a second."""
+    options = module.MYSQL_OPTIONS
+    for name in "connect_timeout", "read_timeout", "write_timeout":
+        assert options[name] == module.MYSQL_TIMEOUT == 5
+        options[name] = 0.5
+    own = options["init_command"]
+    assert "max_execution_time = 5000" in own and "max_statement_time = 5 " in own
+    options["init_command"] = own.replace("5000", "500").replace("= 5 ", "= 0.5 ")
+    module.MYSQL_TIMEOUT = 0.5
+    module.idle_connections.clear()
 
 
 def start_cluster(own):
