@@ -6,26 +6,22 @@ store it in Redis for TTL seconds.
 
 The seven-line version is GET; on a miss, the query, and SETEX. What this adds, and where:
 - If many callers miss the same key, one loads and the others wait (cache_aside).
-- A slow reader does not store an old row after a save (store_if_locked). If a save cannot
-  reach Redis, this process removes the old record before its next look-up (repeat_removal).
-- If Redis fails, calls query MySQL instead (handle_redis_error). A warning says why, at
-  most once a minute for each kind of error, without data or passwords (warn).
-- A value that cannot be read is replaced, and a warning is logged (look_up).
-- A hit returns what the miss returned, in values and types (encode). A value in Redis cannot
-  run code.
-- Every key expires, even if a process dies between two commands (store_if_locked).
+- A slow reader does not store an old row after a save (store_if_locked).
+- If Redis fails, calls query MySQL instead, and a warning says why (handle_redis_error). If a
+  save could not delete the old row, this process does so before its next look-up (remove).
+- A value that cannot be read is replaced (look_up). Every key expires (store_if_locked).
+- A hit returns what the miss returned, in values and types (encode). A hit of 10,000 rows is
+  about seven times as fast as MySQL (rows_to_json). A value in Redis cannot run code.
 - A connection to MySQL is used by one caller at a time, and replaced if MySQL has closed it
   (mysql_connection). Queries cannot write (MYSQL_OPTIONS).
-- Redis may be a single node, a cluster or a serverless cache (redis_client, name_of_lock).
-- A setting that is missing or cannot be used is named in one line.
+- Redis may be a single node, a cluster or a serverless cache (redis_client).
 The limits are listed near the end of this file.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
 DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities. Without it,
-TLS is used only if MySQL offers it, and the certificate is not verified. Needs Linux or
-macOS, the packages in requirements.txt, and at least Python 3.9, Redis 6.2, and MySQL 5.7.20
-or MariaDB 10.1. With asyncio, call the functions in a thread. The debug log shows each hit
-and each query, with its args.
+TLS is used only if MySQL offers it, and the certificate is not verified. Needs the packages
+in requirements.txt, Linux or macOS, and at least Python 3.9, Redis 6.2, and MySQL 5.7.20
+or MariaDB 10.1. With asyncio, call the functions in a thread.
 """
 
 import functools
@@ -42,29 +38,28 @@ from decimal import Decimal
 
 import pymysql
 import redis
-from redis.exceptions import ClusterDownError, LockError, MovedError
+from redis.exceptions import ClusterDownError, LockError, WatchError
 
 # All times are in seconds.
 TTL = 10  # how long Redis keeps a result
-REDIS_TIMEOUT = 0.2  # to connect to Redis, to send a command, or to wait for a reply
+REDIS_TIMEOUT = 0.2  # to connect to Redis, or to wait for a reply
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
-MYSQL_TIMEOUT = 5  # to connect to MySQL, to send a statement, or to wait for its rows
+MYSQL_TIMEOUT = 5  # to connect to MySQL, or to wait for its reply
 MAX_IDLE = 10  # how many connections to MySQL a process keeps open for later calls
-# A lock expires after LOCK_TTL, because the process that has it can die. If a load takes longer,
-# its result is not stored.
+# One caller loads, and has a lock. The lock expires because its process can die. If a load
+# takes longer than LOCK_TTL, its result is not stored.
 LOCK_TTL = 2 * MYSQL_TIMEOUT
-# Callers wait at most MAX_WAIT while another one loads. If its process dies, the lock expires
-# before MAX_WAIT is over, and one of them loads.
-MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT
-POLL_EVERY = 0.05  # how long they sleep before they look for the result again
+MAX_WAIT = 3 * MYSQL_TIMEOUT  # the others wait at most this long, longer than LOCK_TTL
+POLL_EVERY = 0.05  # how long they sleep before they look in Redis again
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-failed_removals = {}  # key that invalidate could not remove -> time.monotonic() of the failure
-paused_until = 0  # results are not looked up in Redis before this time.monotonic()
+paused_until = 0  # before this time.monotonic(), nothing is looked up in Redis
+failed_removals = set()  # keys that a save could not delete
 
+# At level DEBUG, the log shows each hit and each query, with the args.
 log = logging.getLogger(__name__)
 
 # ---- Settings
@@ -112,9 +107,8 @@ def record(key, sql, args=None, ttl=None):
     """Return one row as a dict, or None if there is no such row.
 
     key: the key in Redis. Each row needs its own, and so does each list of columns. It must
-    not contain a }, see name_of_lock.
-    sql: a SELECT of one row. args, ttl: as for fetch. Raises pymysql.Error if the row is
-    not cached and the query fails. On a hit, the columns can be in another order.
+    not contain a }. sql: a SELECT of one row. args, ttl: as for fetch. Raises pymysql.Error
+    if the row is not cached and the query fails. On a hit, the columns can be in another order.
     """
     ttl = ttl_in_seconds(ttl)
 
@@ -153,13 +147,9 @@ def planet(id):
 def save_planet(id, name):
     """Insert or rename a planet in MySQL, and return the new record.
 
-    This does not remove what fetch has cached. Raises ValueError if no planet can have this
-    id. Raises pymysql.Error if MySQL fails. The planet may be saved nevertheless.
+    Raises pymysql.Error if MySQL fails. The planet may be saved nevertheless.
     """
     id = int(str(id))
-    # MySQL saves 0 under the next free id, and may save an id that is too large as 2**32 - 1.
-    if not 0 < id < 2**32:
-        raise ValueError(f"not the id of a planet: {id}")
     sql = "INSERT INTO planet SET id = %s, name = %s ON DUPLICATE KEY UPDATE name = %s"
     try:
         write(sql, (id, name, name))
@@ -168,25 +158,11 @@ def save_planet(id, name):
     return planet(id)
 
 
-def name_of_lock(key):
-    """Return the key of the lock: lock:{planet:1}
-
-    In a cluster, a transaction needs both keys on one node. The braces make Redis choose
-    the node of planet:1. They end at the first }, so a key must not contain one.
-    """
-    if "}" in key:
-        raise ValueError("a key must not contain a }: " + key)
-    return "lock:{" + key + "}"
-
-
 def fetch_key(sql, args=None):
-    """Return the key of these rows, as in invalidate(fetch_key(sql, args)).
-
-    The args must be written as for fetch: (1,) and [1] make different keys.
-    """
+    """Return the key of these rows, as in invalidate(fetch_key(sql, args))."""
     key = sql if args is None else f"{sql} {args!r}"
-    # A key must not contain a }, so it becomes \x7d. A backslash is doubled, so that different
-    # keys stay different.
+    # A } becomes \x7d, because name_of_lock refuses it. A \ is doubled, so that different keys
+    # stay different.
     return key.replace("\\", r"\\").replace("}", r"\x7d")
 
 
@@ -200,15 +176,6 @@ def ttl_in_seconds(ttl):
 
 
 # ---- The strategy they share
-#
-# Look in Redis. After a miss, take the lock of the key, load the result, and store it.
-# - The lock is a key in Redis, which only one caller can have. The others wait for its result.
-# - A save deletes the lock, and only the caller that still has it can store. So a slow reader
-#   does not store an old result after a save.
-# - If Redis is out of reach, this process does not use it for REDIS_PAUSE. During such a pause,
-#   callers take no locks. They load their results from MySQL, and do not store them.
-# - A save tries to delete its key even in a pause. If that fails, this process deletes the key
-#   before its next look-up.
 
 
 def cache_aside(key, read, load, store):
@@ -217,27 +184,45 @@ def cache_aside(key, read, load, store):
     read(client) returns the result that is in Redis, or MISS. load() returns the result
     from MySQL. store(pipe, result) stores it in Redis.
 
-    If another caller has the lock, wait for its result. If its load fails, the next one gets
-    the lock. If its process dies, the lock expires after LOCK_TTL. A caller that has waited
-    for MAX_WAIT loads without a lock.
+    One caller gets the lock of the key and loads. The others wait for its result. If its load
+    fails, the next one gets the lock. If its process dies, the lock expires after LOCK_TTL. A
+    caller that has waited for MAX_WAIT loads without a lock.
     """
-    lock_name = name_of_lock(key)  # a ValueError if the key contains a }
+    lock_name = name_of_lock(key)
     deadline = time.monotonic() + MAX_WAIT
     try:
         while not redis_is_paused() and time.monotonic() < deadline:
             if key in failed_removals:
-                repeat_removal(key)
+                remove(key)
             result = look_up(key, read)
             if result is not MISS:
                 return result
-            lock = take_lock(lock_name)
-            if lock:
+            lock = redis_client().lock(lock_name, timeout=LOCK_TTL)
+            if lock.acquire(blocking=False):
                 return load_with_lock(lock, key, read, load, store)
             time.sleep(POLL_EVERY)
     except REDIS_ERRORS as error:
         handle_redis_error(error)
     # Redis is paused or has failed, or this caller has waited for MAX_WAIT.
     return load()
+
+
+def look_up(key, read):
+    """Return the result that is in Redis, or MISS. Delete a value that cannot be read."""
+    client = redis_client()
+    try:
+        result = read(client)
+    except Exception as error:
+        # WRONGTYPE: the key holds, for example, a list.
+        if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
+            raise  # cache_aside handles it
+        # Only the type of the error is logged, because its text can quote the value.
+        warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
+        client.delete(key)
+        return MISS
+    if result is not MISS:
+        log.debug("hit: %s", key)
+    return result
 
 
 def load_with_lock(lock, key, read, load, store):
@@ -251,31 +236,6 @@ def load_with_lock(lock, key, read, load, store):
         return result
     finally:
         release(lock)
-
-
-def take_lock(name):
-    """Return the lock, or None if another caller has it."""
-    lock = redis_client().lock(name, timeout=LOCK_TTL)
-    return lock if lock.acquire(blocking=False) else None
-
-
-def look_up(key, read):
-    """Return the result that is in Redis, or MISS. Delete a value that cannot be read."""
-    client = redis_client()
-    try:
-        result = read(client)
-    except Exception as error:
-        # WRONGTYPE: the key holds, for example, a list. cache_aside handles the other errors of
-        # Redis.
-        if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
-            raise
-        # Only the type of the error is logged, because its text can quote the value.
-        warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
-        client.delete(key)
-        return MISS
-    if result is not MISS:
-        log.debug("hit: %s", key)
-    return result
 
 
 def store_if_locked(lock, store, result):
@@ -292,8 +252,8 @@ def store_if_locked(lock, store, result):
     """
     try:
         with lock.redis.pipeline(transaction=True) as pipe:
-            # WATCH comes first: if the lock is lost before it, owned() is False, and if it is
-            # lost later, execute() raises a WatchError. (owned() uses another connection.)
+            # WATCH comes before owned(). If the lock is lost after owned(), execute() raises a
+            # WatchError, and stores nothing. (owned() uses another connection.)
             pipe.watch(lock.name)
             if lock.owned():
                 pipe.multi()  # from here on, the pipe only collects the commands
@@ -316,20 +276,33 @@ def invalidate(key):
 
     If Redis fails, this raises no error. This process deletes the key before its next look-up.
     """
-    lock_name = name_of_lock(key)
     try:
-        redis_client().delete(key, lock_name)
+        remove(key)
     except REDIS_ERRORS as error:
-        failed_removals[key] = time.monotonic()
         handle_redis_error(error)
 
 
-def repeat_removal(key):
-    """Delete a key that invalidate could not delete, and its lock. Raises if Redis fails."""
-    failed_at = failed_removals.get(key)
-    redis_client().delete(key, name_of_lock(key))
-    if failed_removals.get(key) == failed_at:  # it has not failed again meanwhile
-        failed_removals.pop(key, None)
+def remove(key):
+    """Delete a key and its lock from Redis. If Redis fails, remember the key, and raise."""
+    lock_name = name_of_lock(key)
+    # This comes before the DELETE, so that a failure of another thread meanwhile is kept.
+    failed_removals.discard(key)
+    try:
+        redis_client().delete(key, lock_name)
+    except REDIS_ERRORS:
+        failed_removals.add(key)
+        raise
+
+
+def name_of_lock(key):
+    """Return the key of the lock: lock:{planet:1}
+
+    In a cluster, a transaction needs both keys on one node. The braces make Redis choose
+    the node of planet:1. They end at the first }, so a key must not contain one.
+    """
+    if "}" in key:
+        raise ValueError("a key must not contain a }: " + key)
+    return "lock:{" + key + "}"
 
 
 # ---- Serialization: JSON, because unpickling a value could run code
@@ -345,25 +318,16 @@ CODECS = {
 
 
 def encode(value):
-    """Decimal("1.50") -> {"type": "Decimal", "value": "1.50"}
-
-    Raises KeyError for a type that is not in CODECS.
-    """
+    """Decimal("1.50") -> {"type": "Decimal", "value": "1.50"}"""
     name = type(value).__name__
     convert, _ = CODECS[name]
     return {"type": name, "value": convert(value)}
 
 
-def map_values(function, values):
-    """Call the function for each value that is not None."""
-    return [None if value is None else function(value) for value in values]
-
-
 def encode_column(values):
     """[Decimal("1.50"), None] -> {"type": "Decimal", "values": ["1.50", None]}
 
-    Any other column is returned as it is. If it has several types, the JSON encoder calls
-    encode for each value of a type that JSON lacks.
+    A column of another type, or of several types, is returned as it is.
     """
     types = set(map(type, values)) - {type(None)}
     if len(types) == 1:
@@ -382,12 +346,17 @@ def decode(encoded):
     return restore(encoded["value"])
 
 
+def map_values(function, values):
+    """Call the function for each value that is not None."""
+    return [None if value is None else function(value) for value in values]
+
+
+# The encoder calls encode for each value of a type that JSON lacks.
 to_json = json.JSONEncoder(default=encode, separators=(",", ":")).encode
 from_json = json.JSONDecoder(object_hook=decode).decode
 
-# Rows are stored as columns, so that the type of a column is stored and looked up once. So a
-# hit of 10,000 rows is about seven times as fast as MySQL. With its type beside each value,
-# decoding them takes almost twice as long.
+# Rows are stored as columns, so that the type of a column is stored and looked up once. With
+# its type beside each value, decoding 10,000 rows takes almost twice as long.
 
 
 def rows_to_json(rows):
@@ -400,7 +369,7 @@ def rows_to_json(rows):
 def rows_from_json(text):
     """Undo rows_to_json."""
     names, columns = from_json(text)
-    rows = [{} for _ in columns[0]] if columns else []  # an empty dict for each row
+    rows = [{} for _ in zip(*columns)]  # an empty dict for each row
     # To fill them column by column is twice as fast as dict(zip(names, row)) for each row.
     for name, column in zip(names, columns):
         for row, value in zip(rows, column):
@@ -424,15 +393,15 @@ except (TypeError, ValueError, redis.RedisError):
     # The text of this error is left out because it could show the password.
     raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
 
-# These errors start a pause, because Redis is out of reach. After any other error, it is still
-# used: it has refused a command, for example because it is full, but it still serves hits.
+# These errors start a pause. After any other error, Redis is still used: it has refused a
+# command, for example because it is full, but it still serves hits.
 OUT_OF_REACH = (
     redis.ConnectionError,
     redis.TimeoutError,
     redis.RedisClusterException,
     ClusterDownError,
 )
-warned_at = {}  # warning -> the time.monotonic() at which it was logged
+warned_at = {}  # warning -> the time at which it was last logged
 
 
 @functools.cache
@@ -453,36 +422,31 @@ def redis_is_paused():
 
 
 def pause_redis():
-    """Do not use Redis for REDIS_PAUSE, and then connect again.
+    """Look nothing up in Redis for REDIS_PAUSE, and then use a new client.
 
-    A save tries Redis even in a pause. If its failure extended the pause, frequent saves could
-    keep Redis out of use.
+    Saves try Redis even in a pause. If they fail, they do not make the pause longer.
     """
     global paused_until
     if not redis_is_paused():
-        redis_client.cache_clear()  # the next call makes a new client
         paused_until = time.monotonic() + REDIS_PAUSE
+        redis_client.cache_clear()
 
 
 def handle_redis_error(error):
-    """Log a warning, and pause if Redis is out of reach."""
-    if isinstance(error, LockError) or str(error) == "Watched variable changed.":
-        # The lock is lost: a save has deleted it, or it has expired. (If the connection is
-        # lost, redis-py raises a WatchError with another text.)
-        return
+    """Log a warning. If Redis is out of reach, pause it."""
+    if isinstance(error, (LockError, WatchError)):
+        return  # no failure: a save has deleted the lock, or the lock has expired
     warn(f"a command to Redis failed with a {type(error).__name__}", error)
     if isinstance(error, OUT_OF_REACH):
         pause_redis()
-    elif isinstance(error, (redis.ReadOnlyError, MovedError)):
-        # Make a new client: after a failover, REDIS_URL leads to another node. A MovedError
-        # means that it leads to a cluster.
-        redis_client.cache_clear()
+    elif isinstance(error, redis.ReadOnlyError):
+        redis_client.cache_clear()  # after a failover, REDIS_URL leads to another node
 
 
 def warn(problem, reason):
     """Log a warning, unless it was logged in the last WARN_EVERY seconds."""
     now = time.monotonic()
-    if problem not in warned_at or now - warned_at[problem] >= WARN_EVERY:
+    if now - warned_at.get(problem, -WARN_EVERY) >= WARN_EVERY:
         warned_at[problem] = now
         # Leave out the data that errors quote. redis-py: "Command # 1 (SETEX key 10 rows) of
         # pipeline caused error: out of memory". Redis: "unknown command, with args: rows".
@@ -569,27 +533,20 @@ def write(sql, args=None):
 #
 # How old a result can be:
 # - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
-#   invalidate removes it. The TTL begins when the result is stored, which can be up to
-#   LOCK_TTL after its query.
-# - If invalidate cannot remove a record, this process keeps the key in memory, and removes the
-#   record before its next look-up. Until then, other processes may return the old record.
-# - If Redis loses the removal in a failover, or if the process dies before it, the old record
-#   stays for its TTL. A slow reader may store it once more, up to LOCK_TTL later.
-# - If MySQL commits a change only after the caller has got an error, invalidate was too early.
-#   A reader may have stored the old record before the commit. It stays for its TTL.
-# - Keys that are stored at the same time expire at the same time.
+#   invalidate removes it. save_planet does not remove the lists that fetch has cached.
+# - If a save cannot delete the old record, this process deletes it before its next look-up.
+#   Until then, or until the TTL is over, other processes may return it.
+# - The old record stays for its TTL if a process dies before invalidate, if Redis loses the
+#   removal in a failover, or if MySQL commits a change after it has reported an error.
 # - If DB_HOST leads to a replica, a reader may store an old record after invalidate.
 #
 # While Redis fails:
-# - If Redis is out of reach or full, callers do not wait for one another. Each queries MySQL,
-#   on a connection of its own, and MySQL must allow as many.
-# - After one reply that is later than REDIS_TIMEOUT, this process queries MySQL for all keys
-#   for REDIS_PAUSE. One node of a cluster can cause that, and so can a result of many MB,
-#   each time it is read. The look-up of a host name can take longer.
-# - If the reply that gives a caller the lock is late, or if it fails to release the lock, other
-#   callers wait until the lock expires after LOCK_TTL.
-# - If Redis grants locks but refuses to store, callers load one after the other, for up to
-#   MAX_WAIT.
+# - If it is out of reach or full, callers do not wait for one another. Each queries MySQL, on a
+#   connection of its own, and MySQL must allow as many.
+# - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys. So does a result of
+#   many MB, if it takes longer than that to send it.
+# - If the reply that gives a caller the lock is late, the others wait for LOCK_TTL.
+# - The look-up of a host name can take longer than REDIS_TIMEOUT.
 #
 # While MySQL is slow:
 # - If it hangs, a miss raises an error after 10 s, or 25 s if it has waited for another caller.

@@ -78,18 +78,8 @@ def test_saves_and_rows_that_do_not_exist_are_cached(modules, db):
 def test_what_a_save_could_not_remove_is_removed_later(modules, cache):
     assert modules[0].planet(1) == MERCURY
     plant(cache, "planet:1")
-    modules[0].failed_removals["planet:1"] = 1
+    modules[0].failed_removals.add("planet:1")
     assert modules[0].planet(1) == MERCURY
-
-
-def test_a_cluster_that_was_taken_for_a_single_node_is_recognised(nodes, modules):
-    with redis.Redis.from_url(nodes[0].url) as node:
-        node.execute_command("ACL SETUSER", "default", "-info")
-        assert isinstance(modules[0].redis_client(), redis.Redis)
-        node.execute_command("ACL SETUSER", "default", "+info")
-    for id in range(1, 9):
-        assert modules[0].planet(id) == modules[1].planet(id)
-    assert isinstance(modules[0].redis_client(), redis.RedisCluster)
 
 
 @pytest.mark.parametrize("text", ["a", "{}"])
