@@ -7,8 +7,9 @@ store it in Redis for TTL seconds.
 The seven-line version is GET; on a miss, the query, and SETEX. What this adds, and where:
 - If many callers miss the same key, one loads and the others wait (cache_aside).
 - A slow reader does not store an old row after a save (store_if_locked).
-- If Redis fails, calls query MySQL instead, and a warning says why (handle_redis_error). If a
-  save could not delete the old row, this process does so before its next look-up (remove).
+- If Redis fails, calls query MySQL instead, and a warning says why (handle_redis_error).
+- An old row that a save could not delete from Redis is deleted by the same process before it
+  looks the row up again (remove_or_raise).
 - A value that cannot be read is replaced (look_up). Every key expires (store_if_locked).
 - A hit returns what the miss returned, in values and types (encode). A hit of 10,000 rows is
   about seven times as fast as MySQL (rows_to_json). A value in Redis cannot run code.
@@ -38,7 +39,7 @@ from decimal import Decimal
 
 import pymysql
 import redis
-from redis.exceptions import ClusterDownError, LockError, WatchError
+from redis.exceptions import ClusterDownError, LockError
 
 # All times are in seconds.
 TTL = 10  # how long Redis keeps a result
@@ -46,10 +47,12 @@ REDIS_TIMEOUT = 0.2  # to connect to Redis, or to wait for a reply
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # to connect to MySQL, or to wait for its reply
 MAX_IDLE = 10  # how many connections to MySQL a process keeps open for later calls
-# One caller loads, and has a lock. The lock expires because its process can die. If a load
-# takes longer than LOCK_TTL, its result is not stored.
+# One caller loads, and has a lock. Its process can die, so the lock expires. If a load takes
+# longer than LOCK_TTL, its result is not stored.
 LOCK_TTL = 2 * MYSQL_TIMEOUT
-MAX_WAIT = 3 * MYSQL_TIMEOUT  # the others wait at most this long, longer than LOCK_TTL
+# The others wait at most this long. It is longer than LOCK_TTL, so that one of them can get the
+# lock when it has expired.
+MAX_WAIT = 3 * MYSQL_TIMEOUT
 POLL_EVERY = 0.05  # how long they sleep before they look in Redis again
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
@@ -128,7 +131,8 @@ def record(key, sql, args=None, ttl=None):
         fields = NO_ROW
         if row is not None:
             fields = {name: to_json(value) for name, value in row.items()}
-        # No old fields can remain: read has found no hash, and only this caller may store one.
+        # No old fields can remain: there is no hash under this key, and nobody else stores one,
+        # because this caller has the lock.
         pipe.hset(key, mapping=fields)
         pipe.expire(key, ttl)
 
@@ -169,7 +173,7 @@ def fetch_key(sql, args=None):
 def ttl_in_seconds(ttl):
     """Return ttl as a whole number, or TTL if it is None."""
     ttl = int(TTL if ttl is None else ttl)
-    # EXPIRE deletes a hash at once for 0. It fails for a huge number, and the hash stays.
+    # EXPIRE deletes a hash at once for 0. For a huge number it fails, and the hash never expires.
     if not 0 < ttl < 2**31:
         raise ValueError(f"a TTL must be from 1 to {2**31 - 1} seconds, not {ttl}")
     return ttl
@@ -193,7 +197,7 @@ def cache_aside(key, read, load, store):
     try:
         while not redis_is_paused() and time.monotonic() < deadline:
             if key in failed_removals:
-                remove(key)
+                remove_or_raise(key)
             result = look_up(key, read)
             if result is not MISS:
                 return result
@@ -213,9 +217,10 @@ def look_up(key, read):
     try:
         result = read(client)
     except Exception as error:
-        # WRONGTYPE: the key holds, for example, a list.
+        # cache_aside handles the errors of Redis. But WRONGTYPE means that the key holds, for
+        # example, a list, which cannot be read either.
         if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
-            raise  # cache_aside handles it
+            raise
         # Only the type of the error is logged, because its text can quote the value.
         warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
         client.delete(key)
@@ -277,15 +282,15 @@ def invalidate(key):
     If Redis fails, this raises no error. This process deletes the key before its next look-up.
     """
     try:
-        remove(key)
+        remove_or_raise(key)
     except REDIS_ERRORS as error:
         handle_redis_error(error)
 
 
-def remove(key):
+def remove_or_raise(key):
     """Delete a key and its lock from Redis. If Redis fails, remember the key, and raise."""
     lock_name = name_of_lock(key)
-    # This comes before the DELETE, so that a failure of another thread meanwhile is kept.
+    # Forget the key first. If the DELETE of another thread fails meanwhile, it is remembered.
     failed_removals.discard(key)
     try:
         redis_client().delete(key, lock_name)
@@ -424,7 +429,7 @@ def redis_is_paused():
 def pause_redis():
     """Look nothing up in Redis for REDIS_PAUSE, and then use a new client.
 
-    Saves try Redis even in a pause. If they fail, they do not make the pause longer.
+    invalidate tries Redis even in a pause. Its failures do not make the pause longer.
     """
     global paused_until
     if not redis_is_paused():
@@ -434,8 +439,10 @@ def pause_redis():
 
 def handle_redis_error(error):
     """Log a warning. If Redis is out of reach, pause it."""
-    if isinstance(error, (LockError, WatchError)):
-        return  # no failure: a save has deleted the lock, or the lock has expired
+    if isinstance(error, LockError) or str(error) == "Watched variable changed.":
+        # The lock is lost: a save has deleted it, or it has expired. (If the connection is lost,
+        # redis-py raises a WatchError with another text.)
+        return
     warn(f"a command to Redis failed with a {type(error).__name__}", error)
     if isinstance(error, OUT_OF_REACH):
         pause_redis()
@@ -471,8 +478,8 @@ MYSQL_OPTIONS = {
     "connect_timeout": MYSQL_TIMEOUT,
     "read_timeout": MYSQL_TIMEOUT,
     "write_timeout": MYSQL_TIMEOUT,
-    # Queries cannot write, and the server ends a query when PyMySQL gives up. MySQL runs what is
-    # in /*!50720 */ (version 5.7.20 or newer), and MariaDB what is in /*M! */.
+    # Queries cannot write, and the server ends a query when PyMySQL gives up. Only MySQL (5.7.20
+    # or newer) runs what is in /*!50720 */, and only MariaDB what is in /*M! */.
     "init_command": "SET SESSION"
     f" /*!50720 transaction_read_only = 1, max_execution_time = {1000 * MYSQL_TIMEOUT} */"
     f" /*M! tx_read_only = 1, max_statement_time = {MYSQL_TIMEOUT} */",
@@ -543,13 +550,14 @@ def write(sql, args=None):
 # While Redis fails:
 # - If it is out of reach or full, callers do not wait for one another. Each queries MySQL, on a
 #   connection of its own, and MySQL must allow as many.
-# - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys. So does a result of
-#   many MB, if it takes longer than that to send it.
+# - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys.
+# - A result that takes longer than REDIS_TIMEOUT to send, such as 400 MB, is not stored.
 # - If the reply that gives a caller the lock is late, the others wait for LOCK_TTL.
 # - The look-up of a host name can take longer than REDIS_TIMEOUT.
 #
 # While MySQL is slow:
-# - If it hangs, a miss raises an error after 10 s, or 25 s if it has waited for another caller.
+# - If it hangs, a miss raises an error after 10 s (a ping, and a new connection), or after 25 s
+#   if it has waited for another caller.
 # - Callers that have waited for MAX_WAIT query MySQL at the same time.
 #
 # Rights:

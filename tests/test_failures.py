@@ -363,6 +363,17 @@ def test_a_value_that_cannot_be_read_is_a_miss_is_replaced_and_is_reported(
     assert not any(word in warning for word in ("Mercu", "Planted", "exit"))
 
 
+def test_a_connection_lost_before_exec_is_reported(example, cache, caplog):
+    rows_to_json = example.rows_to_json
+    kill = lambda: cache.client_kill_filter(_type="normal", skipme=True)
+    example.rows_to_json = lambda rows: (rows_to_json(rows), kill())[0]
+    assert example.fetch("SELECT 1 AS x") == [{"x": 1}]
+    (warning,) = warnings(caplog, example)
+    assert "while watching" in warning
+    assert not example.redis_is_paused()
+    assert not cache.keys()  # the lock is gone
+
+
 def test_a_mistake_in_a_decoder_or_a_key_is_reported(example, cache, caplog):
     example.planet(1)
     example.from_json = lambda text: text.no_such_method()

@@ -147,7 +147,7 @@ def commands():
 def test_commands_print_what_they_show(terminal):
     # Without pytest, which is this suite.
     run, shown = zip(*[pair for pair in commands() if "pytest" not in pair[0]])
-    assert len(run) == 3
+    assert len(run) == 4
     for command, expected, printed in zip(run, shown, terminal(*run)):
         assert agree(expected, printed), f"{command}\nprints\n{printed}"
 
