@@ -290,7 +290,8 @@ def invalidate(key):
 def remove_or_raise(key):
     """Delete a key and its lock from Redis. If Redis fails, remember the key, and raise."""
     lock_name = name_of_lock(key)
-    # Forget the key first. If the DELETE of another thread fails meanwhile, it is remembered.
+    # Forget the key first, so that it is remembered if the DELETE of another thread fails
+    # meanwhile. (Until this DELETE arrives, another thread can still find the old record.)
     failed_removals.discard(key)
     try:
         redis_client().delete(key, lock_name)
@@ -551,7 +552,8 @@ def write(sql, args=None):
 # - If it is out of reach or full, callers do not wait for one another. Each queries MySQL, on a
 #   connection of its own, and MySQL must allow as many.
 # - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys.
-# - A result that takes longer than REDIS_TIMEOUT to send, such as 400 MB, is not stored.
+# - A result that takes longer than REDIS_TIMEOUT to send, such as 400 MB, is not stored. This
+#   does not pause Redis.
 # - If the reply that gives a caller the lock is late, the others wait for LOCK_TTL.
 # - The look-up of a host name can take longer than REDIS_TIMEOUT.
 #
