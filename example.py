@@ -151,7 +151,8 @@ def planet(id):
 def save_planet(id, name):
     """Insert or rename a planet in MySQL, and return the new record.
 
-    Raises pymysql.Error if MySQL fails. The planet may be saved nevertheless.
+    id: as for planet, and at least 1. (MySQL would save 0 under the next free id.) Raises
+    pymysql.Error if MySQL fails. The planet may be saved nevertheless.
     """
     id = int(str(id))
     sql = "INSERT INTO planet SET id = %s, name = %s ON DUPLICATE KEY UPDATE name = %s"
