@@ -551,7 +551,7 @@ def write(sql, args=None):
 #
 # While Redis fails:
 # - If it is out of reach or full, callers do not wait for one another. Each queries MySQL, on a
-#   connection of its own, and MySQL must allow as many.
+#   connection of its own, and MySQL must allow that many.
 # - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys.
 # - A result that takes longer than REDIS_TIMEOUT to send, such as 400 MB, is not stored. This
 #   does not pause Redis.
