@@ -52,7 +52,7 @@ MAX_IDLE = 10  # how many connections to MySQL a process keeps open for later ca
 LOCK_TTL = 2 * MYSQL_TIMEOUT
 # The others wait at most this long. It is longer than LOCK_TTL, so that one of them can get the
 # lock when it has expired.
-MAX_WAIT = 3 * MYSQL_TIMEOUT
+MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT
 POLL_EVERY = 0.05  # how long they sleep before they look in Redis again
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
@@ -515,8 +515,7 @@ def mysql_connection():
 def query(sql, args=None):
     """Return the rows from MySQL as a list of dicts, without Redis. Raises pymysql.Error."""
     with mysql_connection() as connection, connection.cursor() as cursor:
-        log.debug("MySQL: %s", fetch_key(sql, args))
-        cursor.execute(sql, args)
+        execute(cursor, sql, args)
         # A statement without rows can have changed the session, such as SET SESSION TRANSACTION
         # READ WRITE. This error makes mysql_connection close the connection.
         if not cursor.description:  # it has no columns
@@ -532,10 +531,15 @@ def write(sql, args=None):
     """
     with mysql_connection() as connection, connection.cursor() as cursor:
         cursor.execute("START TRANSACTION READ WRITE")
-        log.debug("MySQL: %s", fetch_key(sql, args))
-        cursor.execute(sql, args)
+        execute(cursor, sql, args)
         connection.commit()
         return cursor.lastrowid or None
+
+
+def execute(cursor, sql, args):
+    if log.isEnabledFor(logging.DEBUG):  # the text of large args takes long to build
+        log.debug("MySQL: %s", fetch_key(sql, args))
+    cursor.execute(sql, args)
 
 
 # ---- Limits
