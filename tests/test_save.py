@@ -162,7 +162,7 @@ def test_mysql_does_not_save_after_the_caller_has_given_up(lock, example, db):
     shorten_timeouts(example)
     db.execute("START TRANSACTION")
     db.execute(lock)
-    with pytest.raises(pymysql.err.OperationalError):
+    with pytest.raises(pymysql.err.OperationalError, match="timed out|execution was"):
         example.save_planet(1, "New")
     db.execute("ROLLBACK")
     db.execute("UNLOCK TABLES")
