@@ -50,8 +50,8 @@ MAX_IDLE = 10  # how many connections to MySQL a process keeps open for later ca
 # One caller loads, and has a lock. Its process can die, so the lock expires. If a load takes
 # longer than LOCK_TTL, its result is not stored.
 LOCK_TTL = 2 * MYSQL_TIMEOUT
-# The others wait at most this long. It is longer than LOCK_TTL, so that one of them can get the
-# lock when it has expired.
+# The others wait at most MAX_WAIT. This is longer than LOCK_TTL, so that one of them can get the
+# lock after it has expired.
 MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT
 POLL_EVERY = 0.05  # how long they sleep before they look in Redis again
 WARN_EVERY = 60  # the same warning is not repeated within this time
@@ -480,8 +480,9 @@ MYSQL_OPTIONS = {
     "connect_timeout": MYSQL_TIMEOUT,
     "read_timeout": MYSQL_TIMEOUT,
     "write_timeout": MYSQL_TIMEOUT,
-    # Queries cannot write, and the server ends a query when PyMySQL gives up. Only MySQL (5.7.20
-    # or newer) runs what is in /*!50720 */, and only MariaDB what is in /*M! */.
+    # Queries cannot write, and the server ends a query when PyMySQL gives up. The servers
+    # have different names for this. MySQL (5.7.20 or newer) runs the text in /*!50720 */, and
+    # MariaDB the text in /*M! */. Each of them ignores the other text.
     "init_command": "SET SESSION"
     f" /*!50720 transaction_read_only = 1, max_execution_time = {1000 * MYSQL_TIMEOUT} */"
     f" /*M! tx_read_only = 1, max_statement_time = {MYSQL_TIMEOUT} */",
@@ -559,7 +560,10 @@ def execute(cursor, sql, args):
 # - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys.
 # - A result that takes longer than REDIS_TIMEOUT to send, such as 400 MB, is not stored. This
 #   does not pause Redis.
-# - If the reply that gives a caller the lock is late, the others wait for LOCK_TTL.
+# - If the reply that gives a caller the lock is late, or if it fails to release the lock, the
+#   others wait for LOCK_TTL.
+# - If Redis grants locks but refuses to store, callers load one after the other, for up to
+#   MAX_WAIT.
 # - The look-up of a host name can take longer than REDIS_TIMEOUT.
 #
 # While MySQL is slow:
