@@ -151,10 +151,13 @@ def planet(id):
 def save_planet(id, name):
     """Insert or rename a planet in MySQL, and return the new record.
 
-    id: as for planet, and at least 1. (MySQL would save 0 under the next free id.) Raises
-    pymysql.Error if MySQL fails. The planet may be saved nevertheless.
+    Raises ValueError if no planet can have this id. Raises pymysql.Error if MySQL fails. The
+    planet may be saved nevertheless.
     """
     id = int(str(id))
+    # MySQL saves 0 under the next free id, and may save an id that is too large as 2**32 - 1.
+    if not 0 < id < 2**32:
+        raise ValueError(f"not the id of a planet: {id}")
     sql = "INSERT INTO planet SET id = %s, name = %s ON DUPLICATE KEY UPDATE name = %s"
     try:
         write(sql, (id, name, name))
@@ -484,7 +487,8 @@ MYSQL_OPTIONS = {
     # have different names for this. MySQL (5.7.20 or newer) runs the text in /*!50720 */, and
     # MariaDB the text in /*M! */. Each of them ignores the other text.
     "init_command": "SET SESSION"
-    f" /*!50720 transaction_read_only = 1, max_execution_time = {1000 * MYSQL_TIMEOUT} */"
+    " /*!50720 transaction_read_only = 1,"
+    f" max_execution_time = {1000 * MYSQL_TIMEOUT:.0f} */"  # milliseconds
     f" /*M! tx_read_only = 1, max_statement_time = {MYSQL_TIMEOUT} */",
 }
 if ca := os.environ.get("DB_SSL_CA"):
@@ -558,12 +562,11 @@ def execute(cursor, sql, args):
 # - If it is out of reach or full, callers do not wait for one another. Each queries MySQL, on a
 #   connection of its own, and MySQL must allow that many.
 # - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys.
-# - A result that takes longer than REDIS_TIMEOUT to send, such as 400 MB, is not stored. This
-#   does not pause Redis.
+# - A result that takes longer than REDIS_TIMEOUT to send is not stored, and Redis is not paused.
 # - If the reply that gives a caller the lock is late, or if it fails to release the lock, the
 #   others wait for LOCK_TTL.
-# - If Redis grants locks but refuses to store, callers load one after the other, for up to
-#   MAX_WAIT.
+# - If Redis grants locks, but a result cannot be stored, its callers load one after the other,
+#   for up to MAX_WAIT.
 # - The look-up of a host name can take longer than REDIS_TIMEOUT.
 #
 # While MySQL is slow:

@@ -323,6 +323,14 @@ def test_the_script_shows_each_technique_as_miss_and_as_hit(cache):
         assert result.stderr == ""
 
 
+def test_the_time_limit_of_mysql_can_be_a_fraction_of_a_second(cache, tmp_path):
+    program = (PROJECT / "example.py").read_text(encoding="utf-8")
+    changed = program.replace("\nMYSQL_TIMEOUT = 5 ", "\nMYSQL_TIMEOUT = 2.5 ")
+    assert changed != program
+    (tmp_path / "example.py").write_text(changed, encoding="utf-8")
+    assert str(MERCURY) in python(tmp_path / "example.py").stdout
+
+
 def test_the_seed_can_run_again_and_loses_nothing(example, db, mysql_server, cache):
     db.execute("INSERT INTO planet VALUES (9, 'Pluto')")
     db.execute("UPDATE planet SET name = 'Gaia' WHERE id = 3")

@@ -170,6 +170,12 @@ def test_mysql_does_not_save_after_the_caller_has_given_up(lock, example, db):
     assert row(db) == (("Mercury",),)
 
 
+@pytest.mark.parametrize("id", [0, -1, 2**32, "0"])
+def test_a_save_of_an_id_that_no_planet_can_have_is_refused(id):
+    with pytest.raises(ValueError, match="not the id"):
+        load(DB_PORT="1").save_planet(id, "Nowhere")  # without a query
+
+
 @pytest.mark.parametrize("fault", ["kill", "pause"])
 def test_a_save_reaches_mysql_when_redis_is_away(fault, new_servers, db, caplog):
     server = new_servers.redis()
