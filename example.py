@@ -228,10 +228,9 @@ def look_up(key, read):
     try:
         result = read(client)
     except Exception as error:
-        # cache_aside handles the errors of Redis. But WRONGTYPE means that the key holds, for
-        # example, a list, which cannot be read either.
-        if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
-            raise
+        wrong_type = "WRONGTYPE" in str(error)  # the key holds, for example, a list
+        if isinstance(error, REDIS_ERRORS) and not wrong_type:
+            raise  # Redis has failed, and cache_aside handles it
         # Only the type of the error is logged, because its text can quote the value.
         warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
         client.delete(key)
@@ -441,15 +440,19 @@ def pause_redis():
 
 def handle_redis_error(error):
     """Log a warning. If Redis is out of reach, pause it."""
-    if isinstance(error, LockError) or str(error) == "Watched variable changed.":
-        # The lock is lost: a save has deleted it, or it has expired. (If the connection is lost,
-        # redis-py raises a WatchError with another text.)
-        return
+    if lock_is_lost(error):
+        return  # not a failure: a save has deleted the lock, or it has expired
     warn(f"a command to Redis failed with a {type(error).__name__}", error)
     if isinstance(error, OUT_OF_REACH):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
         redis_client.cache_clear()  # after a failover, REDIS_URL leads to another node
+
+
+def lock_is_lost(error):
+    """Return True if this error means that the caller no longer has its lock."""
+    # If the connection is lost, redis-py raises a WatchError with another text.
+    return isinstance(error, LockError) or str(error) == "Watched variable changed."
 
 
 def warn(problem, reason):
