@@ -6,11 +6,11 @@ store it in Redis for TTL seconds.
 
 The seven-line version is GET; on a miss, the query, and SETEX. What this adds, and where:
 - If many callers miss the same key, one loads and the others wait (cache_aside).
-- A slow reader does not store an old row after a save (store_if_locked).
+- A slow reader does not store an old row after a save (store_if_lock_held).
 - If Redis fails, calls query MySQL instead, and a warning says why (handle_redis_error).
-- An old row that a save could not delete from Redis is deleted by the same process before it
-  looks the row up again (can_look_up).
-- A value that cannot be read is replaced (look_up). Every key expires (store_if_locked).
+- If a save cannot delete the old row from Redis, its process tries again before it next looks
+  the row up (can_look_up).
+- A value that cannot be read is replaced (look_up). Every key expires (store_if_lock_held).
 - A hit returns what the miss returned, in values and types (encode). A hit of 10,000 rows is
   about seven times as fast as MySQL (rows_to_json). A value in Redis cannot run code.
 - A connection to MySQL is used by one caller at a time, and replaced if MySQL has closed it
@@ -60,7 +60,7 @@ MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
 paused_until = 0  # before this time.monotonic(), nothing is looked up in Redis
-failed_removals = set()  # keys that a save could not delete
+failed_deletes = set()  # keys that a save could not delete
 
 # At level DEBUG, the log shows each hit and each query, with the args.
 log = logging.getLogger(__name__)
@@ -131,8 +131,8 @@ def record(key, sql, args=None, ttl=None):
         fields = NO_ROW
         if row is not None:
             fields = {name: to_json(value) for name, value in row.items()}
-        # No old fields can remain: there is no hash under this key, and nobody else stores one,
-        # because this caller has the lock.
+        # No old fields can remain: there is no hash under this key, and only a caller that has
+        # the lock, as this one has, stores one.
         pipe.hset(key, mapping=fields)
         pipe.expire(key, ttl)
 
@@ -167,7 +167,10 @@ def save_planet(id, name):
 
 
 def fetch_key(sql, args=None):
-    """Return the key of these rows, as in invalidate(fetch_key(sql, args))."""
+    """Return the key of these rows, as in invalidate(fetch_key(sql, args)).
+
+    sql, args: as for fetch, and written in the same way. [1] and (1,) make different keys.
+    """
     key = sql if args is None else f"{sql} {args!r}"
     # A } becomes \x7d, because name_of_lock refuses it. A \ is doubled, so that different keys
     # stay different.
@@ -214,12 +217,15 @@ def cache_aside(key, read, load, store):
 
 
 def can_look_up(key):
-    """Return False if Redis is paused, or has an old record that still cannot be deleted."""
+    """Delete an old record that a save could not delete. Return False if this fails again.
+
+    If Redis is paused, return False and do nothing.
+    """
     if redis_is_paused():
         return False
-    if key in failed_removals:
-        invalidate(key)  # try again
-    return key not in failed_removals
+    if key in failed_deletes:
+        invalidate(key)
+    return key not in failed_deletes
 
 
 def look_up(key, read):
@@ -247,13 +253,13 @@ def load_with_lock(lock, key, read, load, store):
         result = look_up(key, read)
         if result is MISS:
             result = load()
-            store_if_locked(lock, store, result)
+            store_if_lock_held(lock, store, result)
         return result
     finally:
         release(lock)
 
 
-def store_if_locked(lock, store, result):
+def store_if_lock_held(lock, store, result):
     """Store the result, unless this caller has lost the lock while it loaded.
 
     A slow reader must not store an old record after a save. So the save deletes the lock:
@@ -294,9 +300,9 @@ def invalidate(key):
     lock_name = name_of_lock(key)
     try:
         redis_client().delete(key, lock_name)
-        failed_removals.discard(key)
+        failed_deletes.discard(key)
     except REDIS_ERRORS as error:
-        failed_removals.add(key)
+        failed_deletes.add(key)
         handle_redis_error(error)
 
 
@@ -418,7 +424,8 @@ def redis_client():
     """
     client = redis.Redis.from_url(**REDIS_OPTIONS)
     is_cluster = False
-    with suppress(redis.ResponseError):  # without INFO, only a single node can be used
+    # If INFO is not allowed, Redis is taken for a single node.
+    with suppress(redis.ResponseError):
         is_cluster = client.info("cluster").get("cluster_enabled")
     return redis.RedisCluster.from_url(**REDIS_OPTIONS) if is_cluster else client
 
@@ -553,9 +560,10 @@ def execute(cursor, sql, args):
 # - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
 #   invalidate removes it. save_planet does not remove the lists that fetch has cached.
 # - If a save cannot delete the old record, this process deletes it before its next look-up.
-#   Until then, or until the TTL is over, other processes may return it.
+#   Until then, or until the TTL is over, other processes may return it. Until then, this
+#   process keeps the key in memory.
 # - The old record stays for its TTL if a process dies before invalidate, if Redis loses the
-#   removal in a failover, or if MySQL commits a change after it has reported an error.
+#   DELETE in a failover, or if MySQL commits a change after it has reported an error.
 # - If DB_HOST leads to a replica, a reader may store an old record after invalidate.
 #
 # While Redis fails:

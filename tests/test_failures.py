@@ -227,7 +227,7 @@ def test_ten_seconds_of_calls_lose_less_than_one_to_a_redis_that_hangs(fault, at
 
 
 @pytest.mark.parametrize("fault", ["pause", "kill"])
-@pytest.mark.parametrize("moment", ["query", "store_if_locked"])
+@pytest.mark.parametrize("moment", ["query", "store_if_lock_held"])
 def test_a_loaded_result_is_not_loaded_again(fault, moment, cached, own_redis, db):
     function = getattr(cached, moment)
 

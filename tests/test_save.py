@@ -222,7 +222,7 @@ def test_a_record_that_a_save_could_not_remove_is_removed_later(cut_off, db):
         assert begin(module.planet, 1).result(1) == NEW
         assert not cache.exists("lock:{planet:1}")
         assert other.planet(1) == NEW
-    assert not module.failed_removals  # so it is removed once
+    assert not module.failed_deletes  # so it is removed once
 
 
 def test_no_caller_finds_the_old_record_while_its_removal_is_repeated(cut_off, db):
