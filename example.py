@@ -29,10 +29,10 @@ import functools
 import json
 import logging
 import os
+import queue
 import ssl
 import sys
 import time
-from collections import deque
 from contextlib import contextmanager, suppress
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -46,7 +46,7 @@ TTL = 10  # how long Redis keeps a result
 REDIS_TIMEOUT = 0.2  # to connect to Redis, or to wait for a reply
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # to connect to MySQL, or to wait for its reply
-MAX_IDLE = 10  # how many connections to MySQL a process keeps open for later calls
+MAX_CONNECTIONS = 20  # to MySQL, in each process. A call waits MYSQL_TIMEOUT for one
 # One caller loads, and has a lock. Its process can die, so the lock expires. If a load takes
 # longer than LOCK_TTL, its result is not stored.
 LOCK_TTL = 2 * MYSQL_TIMEOUT
@@ -504,24 +504,38 @@ if ca := os.environ.get("DB_SSL_CA"):
     except OSError as error:
         raise SettingError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
 
-idle_connections = deque(maxlen=MAX_IDLE)
-os.register_at_fork(after_in_child=idle_connections.clear)  # they belong to the parent
+
+def make_connections():
+    """Make the connections of this process. Each one connects when it is first used."""
+    global free_connections
+    free_connections = queue.LifoQueue()  # the one that was used last is taken first
+    for _ in range(MAX_CONNECTIONS):
+        free_connections.put(pymysql.connect(defer_connect=True, **MYSQL_OPTIONS))
+
+
+make_connections()
+os.register_at_fork(after_in_child=make_connections)  # the others belong to the parent
 
 
 @contextmanager
 def mysql_connection():
     """Lend a connection, which no other caller uses meanwhile."""
     try:
-        connection = idle_connections.pop()
-        connection.ping(reconnect=False)
-    except (IndexError, pymysql.Error):  # none is idle, or MySQL has closed this one
-        connection = pymysql.connect(**MYSQL_OPTIONS)
+        connection = free_connections.get(timeout=MYSQL_TIMEOUT)
+    except queue.Empty:
+        problem = f"all {MAX_CONNECTIONS} connections are in use"
+        raise pymysql.OperationalError(problem) from None
     try:
+        try:
+            connection.ping(reconnect=False)
+        except pymysql.Error:  # it is not connected yet, or MySQL has closed it
+            connection.connect()
         yield connection
     except BaseException:
         connection.close()  # its state is unknown
         raise
-    idle_connections.append(connection)  # if there are too many, the oldest is closed
+    finally:
+        free_connections.put(connection)
 
 
 def query(sql, args=None):
@@ -567,8 +581,7 @@ def execute(cursor, sql, args):
 # - If DB_HOST leads to a replica, a reader may store an old record after invalidate.
 #
 # While Redis fails:
-# - If it is out of reach or full, callers do not wait for one another. Each queries MySQL, on a
-#   connection of its own, and MySQL must allow that many.
+# - If it is out of reach or full, callers do not wait for one another. Each queries MySQL.
 # - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys.
 # - A result that takes longer than REDIS_TIMEOUT to send is not stored, and Redis is not paused.
 # - If the reply that gives a caller the lock is late, or if it fails to release the lock, the
@@ -578,8 +591,9 @@ def execute(cursor, sql, args):
 # - The look-up of a host name can take longer than REDIS_TIMEOUT.
 #
 # While MySQL is slow:
+# - A call that waits longer than MYSQL_TIMEOUT for one of the MAX_CONNECTIONS raises an error.
 # - If it hangs, a miss raises an error after 10 s (a ping, and a new connection), or after 25 s
-#   if it has waited for another caller.
+#   if it has waited for another caller (MAX_WAIT).
 # - Callers that have waited for MAX_WAIT query MySQL at the same time.
 #
 # Rights:

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import wait
+from contextlib import ExitStack
 
 import pymysql
 import pytest
@@ -401,10 +402,10 @@ def module(breakable_mysql, cache):
     return load(DB_PORT=str(breakable_mysql.port), DB_PASS=breakable_mysql.password)
 
 
-def failed_miss(module, id):
+def failed_miss(module, id, message=None):
     """Call for a planet that MySQL cannot load. Return the seconds that this took."""
     start = time.monotonic()
-    with pytest.raises(pymysql.err.OperationalError):
+    with pytest.raises(pymysql.err.OperationalError, match=message):
         module.planet(id)
     return time.monotonic() - start
 
@@ -468,11 +469,20 @@ def test_a_query_that_takes_too_long_is_cut_off_and_not_repeated(example, db):
     assert example.fetch("SELECT 'of the next one' AS x") == [{"x": "of the next one"}]
 
 
-def test_a_process_keeps_at_most_ten_idle_connections(example, db):
+def test_the_threads_of_a_process_share_twenty_connections(example, db):
     sql = "SELECT SLEEP(0.3), CONNECTION_ID() AS id, %s"
-    calls = [begin(example.fetch, sql, (number,)) for number in range(15)]
-    wait_until(lambda: running(db, "SLEEP") == 15)  # any number of threads can query
-    ids = [call.result(10)[0]["id"] for call in calls]
-    still_open = "SELECT id FROM information_schema.processlist WHERE id IN %s"
-    wait_until(lambda: db.execute(still_open, (ids,)) == 10, 2)
-    assert example.MAX_IDLE == 10
+    calls = [begin(example.fetch, sql, (number,)) for number in range(30)]
+    wait_until(lambda: running(db, "SLEEP") == 20)
+    ids = {call.result(10)[0]["id"] for call in calls}
+    assert len(ids) == example.MAX_CONNECTIONS == 20
+
+
+def test_a_call_for_which_no_connection_becomes_free_raises_an_error(example):
+    shorten_timeouts(example)
+    assert example.planet(1) == MERCURY
+    with ExitStack() as stack:
+        for _ in range(example.MAX_CONNECTIONS):
+            stack.enter_context(example.mysql_connection())
+        assert 0.4 < failed_miss(example, 2, "all 20 connections are in use") < 2
+        assert example.planet(1) == MERCURY  # a hit
+    assert example.planet(2) == VENUS
