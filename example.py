@@ -8,13 +8,14 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
 - If many callers miss the same key, one loads and the others wait (cache_aside).
 - A slow reader does not store an old row after a save (store_if_lock_held).
 - If Redis fails, calls query MySQL instead, and a warning says why (handle_redis_error).
-- If a save cannot delete the old row from Redis, its process tries again before it next looks
-  the row up (can_look_up).
+- If a save cannot delete the old row from Redis, the process of this save tries again before
+  its next look-up of the row (retry_failed_delete).
 - A value that cannot be read is replaced (look_up). Every key expires (store_if_lock_held).
 - A hit returns what the miss returned, in values and types (encode). A hit of 10,000 rows is
   about seven times as fast as MySQL (rows_to_json). A value in Redis cannot run code.
-- A connection to MySQL is used by one caller at a time, and replaced if MySQL has closed it
-  (mysql_connection). Queries cannot write (MYSQL_OPTIONS).
+- A process opens at most MAX_CONNECTIONS to MySQL. A connection is used by one caller at a
+  time, and opened again if MySQL has closed it (mysql_connection). Queries cannot write
+  (MYSQL_OPTIONS).
 - Redis may be a single node, a cluster or a serverless cache (redis_client).
 The limits are listed near the end of this file.
 
@@ -131,8 +132,8 @@ def record(key, sql, args=None, ttl=None):
         fields = NO_ROW
         if row is not None:
             fields = {name: to_json(value) for name, value in row.items()}
-        # No old fields can remain: there is no hash under this key, and only a caller that has
-        # the lock, as this one has, stores one.
+        # No old fields can remain: there was no hash when this caller got the lock, and without
+        # the lock nobody stores one.
         pipe.hset(key, mapping=fields)
         pipe.expire(key, ttl)
 
@@ -180,7 +181,8 @@ def fetch_key(sql, args=None):
 def ttl_in_seconds(ttl):
     """Return ttl as a whole number, or TTL if it is None."""
     ttl = int(TTL if ttl is None else ttl)
-    # EXPIRE deletes a hash at once for 0. For a huge number it fails, and the hash never expires.
+    # With 0, EXPIRE deletes the hash at once. With a huge number it fails, and the hash would
+    # never expire.
     if not 0 < ttl < 2**31:
         raise ValueError(f"a TTL must be from 1 to {2**31 - 1} seconds, not {ttl}")
     return ttl
@@ -202,7 +204,9 @@ def cache_aside(key, read, load, store):
     lock_name = name_of_lock(key)
     deadline = time.monotonic() + MAX_WAIT
     try:
-        while can_look_up(key) and time.monotonic() < deadline:
+        while not redis_is_paused() and time.monotonic() < deadline:
+            if not retry_failed_delete(key):
+                break  # the old record may still be in Redis
             result = look_up(key, read)
             if result is not MISS:
                 return result
@@ -216,13 +220,8 @@ def cache_aside(key, read, load, store):
     return load()
 
 
-def can_look_up(key):
-    """Delete an old record that a save could not delete. Return False if this fails again.
-
-    If Redis is paused, return False and do nothing.
-    """
-    if redis_is_paused():
-        return False
+def retry_failed_delete(key):
+    """If a save could not delete this key, try again. Return False if this fails, too."""
     if key in failed_deletes:
         invalidate(key)
     return key not in failed_deletes
@@ -437,7 +436,7 @@ def redis_is_paused():
 def pause_redis():
     """Look nothing up in Redis for REDIS_PAUSE, and then use a new client.
 
-    invalidate tries Redis even in a pause. Its failures do not make the pause longer.
+    In a pause, only invalidate tries Redis. Its failures do not make the pause longer.
     """
     global paused_until
     if not redis_is_paused():
@@ -458,7 +457,7 @@ def handle_redis_error(error):
 
 def lock_is_lost(error):
     """Return True if this error means that the caller no longer has its lock."""
-    # If the connection is lost, redis-py raises a WatchError with another text.
+    # If the connection to Redis is lost, a WatchError has another text.
     return isinstance(error, LockError) or str(error) == "Watched variable changed."
 
 
@@ -573,9 +572,9 @@ def execute(cursor, sql, args):
 # How old a result can be:
 # - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
 #   invalidate removes it. save_planet does not remove the lists that fetch has cached.
-# - If a save cannot delete the old record, this process deletes it before its next look-up.
-#   Until then, or until the TTL is over, other processes may return it. Until then, this
-#   process keeps the key in memory.
+# - If a save cannot delete the old record, this process deletes it before its next look-up, and
+#   keeps the key in memory until then. Other processes may return the old record meanwhile, at
+#   most for its TTL.
 # - The old record stays for its TTL if a process dies before invalidate, if Redis loses the
 #   DELETE in a failover, or if MySQL commits a change after it has reported an error.
 # - If DB_HOST leads to a replica, a reader may store an old record after invalidate.
