@@ -8,8 +8,8 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
 - If many callers miss the same key, one loads and the others wait (cache_aside).
 - A slow reader does not store an old row after a save (store_if_lock_held).
 - If Redis fails, calls query MySQL instead, and a warning says why (handle_redis_error).
-- If a save cannot delete the old row from Redis, the process of this save tries again before
-  its next look-up of the row (retry_failed_delete).
+- If a save cannot delete the old row from Redis, the same process tries again before it next
+  looks up this row (retry_failed_delete).
 - A value that cannot be read is replaced (look_up). Every key expires (store_if_lock_held).
 - A hit returns what the miss returned, in values and types (encode). A hit of 10,000 rows is
   about seven times as fast as MySQL (rows_to_json). A value in Redis cannot run code.
@@ -47,9 +47,9 @@ TTL = 10  # how long Redis keeps a result
 REDIS_TIMEOUT = 0.2  # to connect to Redis, or to wait for a reply
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # to connect to MySQL, or to wait for its reply
-MAX_CONNECTIONS = 20  # to MySQL, in each process. A call waits MYSQL_TIMEOUT for one
-# One caller loads, and has a lock. Its process can die, so the lock expires. If a load takes
-# longer than LOCK_TTL, its result is not stored.
+MAX_CONNECTIONS = 20  # how many connections to MySQL a process opens
+# One caller loads, and has a lock. Its process can die, so the lock expires. LOCK_TTL is enough
+# to connect and to query. If a load takes longer, its result is not stored.
 LOCK_TTL = 2 * MYSQL_TIMEOUT
 # The others wait at most MAX_WAIT. This is longer than LOCK_TTL, so that one of them can get the
 # lock after it has expired.
@@ -233,9 +233,9 @@ def look_up(key, read):
     try:
         result = read(client)
     except Exception as error:
-        wrong_type = "WRONGTYPE" in str(error)  # the key holds, for example, a list
-        if isinstance(error, REDIS_ERRORS) and not wrong_type:
-            raise  # Redis has failed, and cache_aside handles it
+        # Redis has failed, unless it says WRONGTYPE: the key holds, for example, a list.
+        if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
+            raise  # cache_aside handles it
         # Only the type of the error is logged, because its text can quote the value.
         warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
         client.delete(key)
@@ -272,8 +272,8 @@ def store_if_lock_held(lock, store, result):
     """
     try:
         with lock.redis.pipeline(transaction=True) as pipe:
-            # WATCH comes before owned(). If the lock is lost after owned(), execute() raises a
-            # WatchError, and stores nothing. (owned() uses another connection.)
+            # WATCH comes before owned(). So, if the lock is lost after owned(), execute() raises
+            # a WatchError, and stores nothing.
             pipe.watch(lock.name)
             if lock.owned():
                 pipe.multi()  # from here on, the pipe only collects the commands
@@ -436,7 +436,7 @@ def redis_is_paused():
 def pause_redis():
     """Look nothing up in Redis for REDIS_PAUSE, and then use a new client.
 
-    In a pause, only invalidate tries Redis. Its failures do not make the pause longer.
+    invalidate tries Redis even in a pause. Its failures do not make the pause longer.
     """
     global paused_until
     if not redis_is_paused():
@@ -457,7 +457,7 @@ def handle_redis_error(error):
 
 def lock_is_lost(error):
     """Return True if this error means that the caller no longer has its lock."""
-    # If the connection to Redis is lost, a WatchError has another text.
+    # A WatchError with another text means that the connection was lost, which is a failure.
     return isinstance(error, LockError) or str(error) == "Watched variable changed."
 
 
@@ -518,7 +518,10 @@ os.register_at_fork(after_in_child=make_connections)  # the others belong to the
 
 @contextmanager
 def mysql_connection():
-    """Lend a connection, which no other caller uses meanwhile."""
+    """Lend a connection, which no other caller uses meanwhile.
+
+    If all are in use, wait for up to MYSQL_TIMEOUT. Raises pymysql.Error.
+    """
     try:
         connection = free_connections.get(timeout=MYSQL_TIMEOUT)
     except queue.Empty:
@@ -572,6 +575,7 @@ def execute(cursor, sql, args):
 # How old a result can be:
 # - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
 #   invalidate removes it. save_planet does not remove the lists that fetch has cached.
+# - A result can be as old as its TTL and the time that its load took.
 # - If a save cannot delete the old record, this process deletes it before its next look-up, and
 #   keeps the key in memory until then. Other processes may return the old record meanwhile, at
 #   most for its TTL.
@@ -590,9 +594,8 @@ def execute(cursor, sql, args):
 # - The look-up of a host name can take longer than REDIS_TIMEOUT.
 #
 # While MySQL is slow:
-# - A call that waits longer than MYSQL_TIMEOUT for one of the MAX_CONNECTIONS raises an error.
-# - If it hangs, a miss raises an error after 10 s (a ping, and a new connection), or after 25 s
-#   if it has waited for another caller (MAX_WAIT).
+# - If it hangs, a miss raises an error after 10 s (a ping, and a new connection). It can have
+#   waited before: for another caller (MAX_WAIT), and for a free connection (MYSQL_TIMEOUT).
 # - Callers that have waited for MAX_WAIT query MySQL at the same time.
 #
 # Rights:
