@@ -504,16 +504,16 @@ if ca := os.environ.get("DB_SSL_CA"):
         raise SettingError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
 
 
-def make_connections():
-    """Make the connections of this process. Each one connects when it is first used."""
+def make_pool():
+    """Make a pool of MAX_CONNECTIONS. None stands for one that has not been needed yet."""
     global free_connections
     free_connections = queue.LifoQueue()  # the one that was used last is taken first
     for _ in range(MAX_CONNECTIONS):
-        free_connections.put(pymysql.connect(defer_connect=True, **MYSQL_OPTIONS))
+        free_connections.put(None)
 
 
-make_connections()
-os.register_at_fork(after_in_child=make_connections)  # the others belong to the parent
+make_pool()
+os.register_at_fork(after_in_child=make_pool)  # a child cannot use those of its parent
 
 
 @contextmanager
@@ -528,6 +528,8 @@ def mysql_connection():
         problem = f"all {MAX_CONNECTIONS} connections are in use"
         raise pymysql.OperationalError(problem) from None
     try:
+        if connection is None:
+            connection = pymysql.connect(defer_connect=True, **MYSQL_OPTIONS)
         try:
             connection.ping(reconnect=False)
         except pymysql.Error:  # it is not connected yet, or MySQL has closed it
