@@ -30,9 +30,9 @@ import functools
 import json
 import logging
 import os
-import queue
 import ssl
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from datetime import date, datetime, timedelta
@@ -48,8 +48,8 @@ REDIS_TIMEOUT = 0.2  # to connect to Redis, or to wait for a reply
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # to connect to MySQL, or to wait for its reply
 MAX_CONNECTIONS = 20  # how many connections to MySQL a process opens
-# One caller loads, and has a lock. Its process can die, so the lock expires. LOCK_TTL is enough
-# to connect and to query. If a load takes longer, its result is not stored.
+# One caller loads, and has a lock. Its process can die, so the lock expires. If a load takes
+# longer than LOCK_TTL, its result is not stored.
 LOCK_TTL = 2 * MYSQL_TIMEOUT
 # The others wait at most MAX_WAIT. This is longer than LOCK_TTL, so that one of them can get the
 # lock after it has expired.
@@ -504,42 +504,39 @@ if ca := os.environ.get("DB_SSL_CA"):
         raise SettingError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
 
 
-def make_pool():
-    """Make a pool of MAX_CONNECTIONS. None stands for one that has not been needed yet."""
-    global free_connections
-    free_connections = queue.LifoQueue()  # the one that was used last is taken first
-    for _ in range(MAX_CONNECTIONS):
-        free_connections.put(None)
+def forget_connections():
+    """Start without a connection to MySQL. A child must not use those of its parent."""
+    global idle_connections, connection_slots
+    idle_connections = []
+    connection_slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
 
 
-make_pool()
-os.register_at_fork(after_in_child=make_pool)  # a child cannot use those of its parent
+forget_connections()
+os.register_at_fork(after_in_child=forget_connections)
 
 
 @contextmanager
 def mysql_connection():
     """Lend a connection, which no other caller uses meanwhile.
 
-    If all are in use, wait for up to MYSQL_TIMEOUT. Raises pymysql.Error.
+    If MAX_CONNECTIONS are in use, wait for up to MYSQL_TIMEOUT. Raises pymysql.Error.
     """
+    if not connection_slots.acquire(timeout=MYSQL_TIMEOUT):
+        raise pymysql.OperationalError(f"all {MAX_CONNECTIONS} connections are in use")
     try:
-        connection = free_connections.get(timeout=MYSQL_TIMEOUT)
-    except queue.Empty:
-        problem = f"all {MAX_CONNECTIONS} connections are in use"
-        raise pymysql.OperationalError(problem) from None
-    try:
-        if connection is None:
-            connection = pymysql.connect(defer_connect=True, **MYSQL_OPTIONS)
         try:
+            connection = idle_connections.pop()
             connection.ping(reconnect=False)
-        except pymysql.Error:  # it is not connected yet, or MySQL has closed it
-            connection.connect()
-        yield connection
-    except BaseException:
-        connection.close()  # its state is unknown
-        raise
+        except (IndexError, pymysql.Error):  # none is idle, or it is closed
+            connection = pymysql.connect(**MYSQL_OPTIONS)
+        try:
+            yield connection
+        except BaseException:
+            connection.close()  # its state is unknown
+            raise
+        idle_connections.append(connection)
     finally:
-        free_connections.put(connection)
+        connection_slots.release()
 
 
 def query(sql, args=None):
