@@ -241,6 +241,24 @@ def test_processes_that_fork_never_share_a_connection(cache):
     assert (result.stdout, result.stderr) == ("1 False\n1 True\n", "")
 
 
+FORK_DURING_A_QUERY = """
+import os, threading, example
+
+example.connection_slots = threading.BoundedSemaphore(1)
+with example.mysql_connection():  # as another thread of the parent would
+    child = os.fork()
+    if not child:
+        print(example.query("SELECT 1 AS x"), flush=True)
+        os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_child_need_not_wait_for_connections_that_its_parent_uses(cache):
+    result = python("-c", FORK_DURING_A_QUERY)
+    assert (result.stdout, result.stderr) == ("[{'x': 1}]\n", "")
+
+
 # ---- Settings, script and seed
 
 
