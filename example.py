@@ -20,9 +20,9 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
 The limits are listed near the end of this file.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
-DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities. Without it,
-TLS is used only if MySQL offers it, and the certificate is not verified. Needs the packages
-in requirements.txt, Linux or macOS, and at least Python 3.9, Redis 6.2, and MySQL 5.7.20
+DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities. Without
+DB_SSL_CA, TLS is used only if MySQL offers it, and the certificate is not verified. Needs
+the packages in requirements.txt, Linux or macOS, and at least Python 3.9, Redis 6.2, and MySQL 5.7.20
 or MariaDB 10.1. With asyncio, call the functions in a thread.
 """
 
@@ -68,7 +68,8 @@ log = logging.getLogger(__name__)
 
 # ---- Settings
 
-# A wrong setting is an exception on import. If this file is run as a script, it is one line.
+# A wrong setting is an exception on import. If this file is run as a script, it is one line of
+# text, without a traceback.
 SettingError = SystemExit if __name__ == "__main__" else ValueError
 
 required = ["REDIS_URL", "DB_HOST", "DB_USER", "DB_PASS", "DB_NAME"]
@@ -206,7 +207,7 @@ def cache_aside(key, read, load, store):
     try:
         while not redis_is_paused() and time.monotonic() < deadline:
             if not retry_failed_delete(key):
-                break  # the old record may still be in Redis
+                break  # query MySQL, because the old record may still be in Redis
             result = look_up(key, read)
             if result is not MISS:
                 return result
@@ -404,7 +405,7 @@ except (TypeError, ValueError, redis.RedisError):
     # The text of this error is left out because it could show the password.
     raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
 
-# These errors start a pause. After any other error, Redis is still used: it has refused a
+# After one of these errors, Redis is paused. After any other, it is still used: it has refused a
 # command, for example because it is full, but it still serves hits.
 OUT_OF_REACH = (
     redis.ConnectionError,
@@ -543,8 +544,8 @@ def query(sql, args=None):
     """Return the rows from MySQL as a list of dicts, without Redis. Raises pymysql.Error."""
     with mysql_connection() as connection, connection.cursor() as cursor:
         execute(cursor, sql, args)
-        # A statement without rows can have changed the session, such as SET SESSION TRANSACTION
-        # READ WRITE. This error makes mysql_connection close the connection.
+        # A statement without rows can have made the session writable, such as SET SESSION
+        # TRANSACTION READ WRITE. This error makes mysql_connection close the connection.
         if not cursor.description:  # it has no columns
             raise pymysql.ProgrammingError(f"not a query: {sql}")
         return list(cursor.fetchall())
@@ -585,7 +586,8 @@ def execute(cursor, sql, args):
 # While Redis fails:
 # - If it is out of reach or full, callers do not wait for one another. Each queries MySQL.
 # - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys.
-# - A result that takes longer than REDIS_TIMEOUT to send is not stored, and Redis is not paused.
+# - A result that takes longer than REDIS_TIMEOUT to send is not stored. Redis is not paused,
+#   because redis-py raises a WatchError.
 # - If the reply that gives a caller the lock is late, or if it fails to release the lock, the
 #   others wait for LOCK_TTL.
 # - If Redis grants locks, but a result cannot be stored, its callers load one after the other,
