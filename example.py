@@ -21,9 +21,9 @@ The limits are listed near the end of this file.
 
 Environment: REDIS_URL (redis://, or rediss:// with TLS), DB_HOST, DB_USER, DB_PASS and
 DB_NAME. Optional: DB_PORT, and DB_SSL_CA, a file of certificate authorities. Without
-DB_SSL_CA, TLS is used only if MySQL offers it, and the certificate is not verified. Needs
-the packages in requirements.txt, Linux or macOS, and at least Python 3.9, Redis 6.2, and MySQL 5.7.20
-or MariaDB 10.1. With asyncio, call the functions in a thread.
+DB_SSL_CA, TLS is used only if MySQL offers it, and the certificate is not verified.
+Needs the packages in requirements.txt, Linux or macOS, and at least Python 3.9, Redis 6.2,
+and MySQL 5.7.20 or MariaDB 10.1. With asyncio, call the functions in a thread.
 """
 
 import functools
@@ -40,7 +40,7 @@ from decimal import Decimal
 
 import pymysql
 import redis
-from redis.exceptions import ClusterDownError, LockError
+from redis.exceptions import ClusterDownError, LockError, MovedError
 
 # All times are in seconds.
 TTL = 10  # how long Redis keeps a result
@@ -452,8 +452,10 @@ def handle_redis_error(error):
     warn(f"a command to Redis failed with a {type(error).__name__}", error)
     if isinstance(error, OUT_OF_REACH):
         pause_redis()
-    elif isinstance(error, redis.ReadOnlyError):
-        redis_client.cache_clear()  # after a failover, REDIS_URL leads to another node
+    elif isinstance(error, (redis.ReadOnlyError, MovedError)):
+        # After a failover, REDIS_URL leads to another node. Or this node belongs to a cluster,
+        # but has not said so.
+        redis_client.cache_clear()
 
 
 def lock_is_lost(error):

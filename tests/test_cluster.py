@@ -82,6 +82,16 @@ def test_what_a_save_could_not_remove_is_removed_later(modules, cache):
     assert modules[0].planet(1) == MERCURY
 
 
+def test_a_cluster_that_was_taken_for_a_single_node_is_recognised(nodes, modules):
+    with redis.Redis.from_url(nodes[0].url) as node:
+        node.execute_command("ACL SETUSER", "default", "-info")
+        assert isinstance(modules[0].redis_client(), redis.Redis)
+        node.execute_command("ACL SETUSER", "default", "+info")
+    for id in range(1, 9):
+        assert modules[0].planet(id) == modules[1].planet(id)
+    assert isinstance(modules[0].redis_client(), redis.RedisCluster)
+
+
 @pytest.mark.parametrize("text", ["a", "{}"])
 def test_a_crowd_is_one_query(text, modules, cache, db):
     assert [module.planet(1) for module in modules] == 3 * [MERCURY]  # connects
