@@ -49,7 +49,7 @@ REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # to connect to MySQL, or to wait for its reply
 MAX_CONNECTIONS = 20  # how many connections to MySQL a process opens
 # One caller loads, and has a lock. Its process can die, so the lock expires. If a load takes
-# longer than LOCK_TTL, its result is not stored.
+# longer than LOCK_TTL, for example because it waits for a connection, its result is not stored.
 LOCK_TTL = 2 * MYSQL_TIMEOUT
 # The others wait at most MAX_WAIT. This is longer than LOCK_TTL, so that one of them can get the
 # lock after it has expired.
