@@ -511,7 +511,7 @@ def forget_connections():
     """Start without a connection to MySQL. A child must not use those of its parent."""
     global idle_connections, connection_slots
     idle_connections = []
-    connection_slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+    connection_slots = threading.Semaphore(MAX_CONNECTIONS)
 
 
 forget_connections()

@@ -114,7 +114,7 @@ def own_database(bench):
     login = {**example.MYSQL_OPTIONS, "database": None, "init_command": None}
     login.update(read_timeout=None, write_timeout=None)
     bench.login, example.MYSQL_OPTIONS["database"] = login, bench.name
-    example.forget_connections()
+    example.idle_connections.clear()
     example.TTL = 60  # no key expires between a miss and its hits
     try:
         with pymysql.connect(**login) as bench.db:

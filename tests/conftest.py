@@ -54,7 +54,7 @@ def close_connections():
     """After each test. A module is never deleted, because it is told of each fork."""
     yield
     while loaded:
-        loaded.pop().forget_connections()
+        loaded.pop().idle_connections.clear()
 
 
 @pytest.fixture(scope="session")

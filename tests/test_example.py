@@ -244,7 +244,7 @@ def test_processes_that_fork_never_share_a_connection(cache):
 FORK_DURING_A_QUERY = """
 import os, threading, example
 
-example.connection_slots = threading.BoundedSemaphore(1)
+example.connection_slots = threading.Semaphore(1)
 with example.mysql_connection():  # as another thread of the parent would
     child = os.fork()
     if not child:

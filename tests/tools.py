@@ -234,7 +234,7 @@ def shorten_timeouts(module):
     assert "max_execution_time = 5000" in own and "max_statement_time = 5 " in own
     options["init_command"] = own.replace("5000", "500").replace("= 5 ", "= 0.5 ")
     module.MYSQL_TIMEOUT = 0.5
-    module.forget_connections()
+    module.idle_connections.clear()
 
 
 def start_cluster(own):
