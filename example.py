@@ -7,7 +7,7 @@ store it in Redis for TTL seconds.
 The seven-line version is GET; on a miss, the query, and SETEX. What this adds, and where:
 - If many callers miss the same key, one loads and the others wait (cache_aside).
 - A slow reader does not store an old row after a save (store_if_lock_held).
-- If Redis fails, calls query MySQL instead, and a warning says why (handle_redis_error).
+- If Redis fails, a call queries MySQL instead, and a warning says why (handle_redis_error).
 - If a save cannot delete the old row from Redis, the same process tries again before it next
   looks up this row (retry_failed_delete).
 - A value that cannot be read is replaced (look_up). Every key expires (store_if_lock_held).
@@ -47,7 +47,7 @@ TTL = 10  # how long Redis keeps a result
 REDIS_TIMEOUT = 0.2  # to connect to Redis, or to wait for a reply
 REDIS_PAUSE = 5  # how long Redis is not used after it failed
 MYSQL_TIMEOUT = 5  # to connect to MySQL, or to wait for its reply
-MAX_CONNECTIONS = 20  # how many connections to MySQL a process opens
+MAX_CONNECTIONS = 20  # to MySQL, per process; MySQL must allow them for all processes
 # One caller loads, and has a lock. Its process can die, so the lock expires. If a load takes
 # longer than LOCK_TTL, for example because it waits for a connection, its result is not stored.
 LOCK_TTL = 2 * MYSQL_TIMEOUT
@@ -61,7 +61,7 @@ MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
 paused_until = 0  # before this time.monotonic(), nothing is looked up in Redis
-failed_deletes = set()  # keys that a save could not delete
+failed_deletes = {}  # key that a save could not delete -> the time of its last failure
 
 # At level DEBUG, the log shows each hit and each query, with the args.
 log = logging.getLogger(__name__)
@@ -234,9 +234,10 @@ def look_up(key, read):
     try:
         result = read(client)
     except Exception as error:
-        # Redis has failed, unless it says WRONGTYPE: the key holds, for example, a list.
+        # cache_aside handles an error of Redis. But WRONGTYPE means that the key holds, for
+        # example, a list, which cannot be read.
         if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
-            raise  # cache_aside handles it
+            raise
         # Only the type of the error is logged, because its text can quote the value.
         warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
         client.delete(key)
@@ -298,11 +299,13 @@ def invalidate(key):
     If Redis fails, this raises no error. This process deletes the key before its next look-up.
     """
     lock_name = name_of_lock(key)
+    failed_at = failed_deletes.get(key)
     try:
         redis_client().delete(key, lock_name)
-        failed_deletes.discard(key)
+        if failed_deletes.get(key) == failed_at:  # no other thread has failed meanwhile
+            failed_deletes.pop(key, None)
     except REDIS_ERRORS as error:
-        failed_deletes.add(key)
+        failed_deletes[key] = time.monotonic()
         handle_redis_error(error)
 
 
@@ -381,7 +384,7 @@ def rows_to_json(rows):
 def rows_from_json(text):
     """Undo rows_to_json."""
     names, columns = from_json(text)
-    rows = [{} for _ in zip(*columns)]  # an empty dict for each row
+    rows = [{} for _ in columns[0]] if columns else []  # an empty dict for each row
     # To fill them column by column is twice as fast as dict(zip(names, row)) for each row.
     for name, column in zip(names, columns):
         for row, value in zip(rows, column):
@@ -454,7 +457,7 @@ def handle_redis_error(error):
         pause_redis()
     elif isinstance(error, (redis.ReadOnlyError, MovedError)):
         # After a failover, REDIS_URL leads to another node. Or this node belongs to a cluster,
-        # but has not said so.
+        # but has refused INFO.
         redis_client.cache_clear()
 
 
@@ -492,13 +495,14 @@ MYSQL_OPTIONS = {
     "connect_timeout": MYSQL_TIMEOUT,
     "read_timeout": MYSQL_TIMEOUT,
     "write_timeout": MYSQL_TIMEOUT,
-    # Queries cannot write, and the server ends a query when PyMySQL gives up. The servers
-    # have different names for this. MySQL (5.7.20 or newer) runs the text in /*!50720 */, and
-    # MariaDB the text in /*M! */. Each of them ignores the other text.
-    "init_command": "SET SESSION"
+    # The server ends a wait for a lock after 2 s, and a query just before PyMySQL would give up.
+    # Queries cannot write. The servers have different names for the last two. MySQL (5.7.20 or
+    # newer) runs the text in /*!50720 */, and MariaDB the text in /*M! */. Each of them ignores
+    # the other text.
+    "init_command": "SET SESSION innodb_lock_wait_timeout = 2, lock_wait_timeout = 2,"
     " /*!50720 transaction_read_only = 1,"
-    f" max_execution_time = {1000 * MYSQL_TIMEOUT:.0f} */"  # milliseconds
-    f" /*M! tx_read_only = 1, max_statement_time = {MYSQL_TIMEOUT} */",
+    f" max_execution_time = {1000 * MYSQL_TIMEOUT - 100:.0f} */"  # milliseconds
+    f" /*M! tx_read_only = 1, max_statement_time = {MYSQL_TIMEOUT - 0.1} */",
 }
 if ca := os.environ.get("DB_SSL_CA"):
     try:  # PyMySQL then refuses a server without TLS, or with another certificate or name
@@ -527,11 +531,7 @@ def mysql_connection():
     if not connection_slots.acquire(timeout=MYSQL_TIMEOUT):
         raise pymysql.OperationalError(f"all {MAX_CONNECTIONS} connections are in use")
     try:
-        try:
-            connection = idle_connections.pop()
-            connection.ping(reconnect=False)
-        except (IndexError, pymysql.Error):  # none is idle, or it is closed
-            connection = pymysql.connect(**MYSQL_OPTIONS)
+        connection = open_connection()
         try:
             yield connection
         except BaseException:
@@ -540,6 +540,15 @@ def mysql_connection():
         idle_connections.append(connection)
     finally:
         connection_slots.release()
+
+
+def open_connection():
+    """Return an idle connection, or a new one if none is idle or MySQL has closed it."""
+    with suppress(IndexError, pymysql.Error):
+        connection = idle_connections.pop()
+        connection.ping(reconnect=False)
+        return connection
+    return pymysql.connect(**MYSQL_OPTIONS)
 
 
 def query(sql, args=None):
@@ -586,8 +595,10 @@ def execute(cursor, sql, args):
 # - If DB_HOST leads to a replica, a reader may store an old record after invalidate.
 #
 # While Redis fails:
-# - If it is out of reach or full, callers do not wait for one another. Each queries MySQL.
-# - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys.
+# - If it is out of reach or full, callers do not wait for one another. Each queries MySQL. But a
+#   process runs at most MAX_CONNECTIONS queries at a time.
+# - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys. One node of a cluster
+#   can cause that. Without the node in REDIS_URL, a cluster is not used.
 # - A result that takes longer than REDIS_TIMEOUT to send is not stored. Redis is not paused,
 #   because redis-py raises a WatchError.
 # - If the reply that gives a caller the lock is late, or if it fails to release the lock, the
@@ -597,6 +608,7 @@ def execute(cursor, sql, args):
 # - The look-up of a host name can take longer than REDIS_TIMEOUT.
 #
 # While MySQL is slow:
+# - A call that gets none of the MAX_CONNECTIONS within MYSQL_TIMEOUT raises an error.
 # - If it hangs, a miss raises an error after 10 s (a ping, and a new connection). It can have
 #   waited before: for another caller (MAX_WAIT), and for a free connection (MYSQL_TIMEOUT).
 # - Callers that have waited for MAX_WAIT query MySQL at the same time.

@@ -78,7 +78,7 @@ def test_saves_and_rows_that_do_not_exist_are_cached(modules, db):
 def test_what_a_save_could_not_remove_is_removed_later(modules, cache):
     assert modules[0].planet(1) == MERCURY
     plant(cache, "planet:1")
-    modules[0].failed_deletes.add("planet:1")
+    modules[0].failed_deletes["planet:1"] = 1
     assert modules[0].planet(1) == MERCURY
 
 

@@ -452,7 +452,7 @@ def test_callers_that_miss_while_mysql_hangs_get_its_error_within_seconds(
     assert 0.4 < failed_miss(module, 2) < 1.4  # the idle connection, then a new one
     assert 0.4 < failed_miss(module, 2) < 0.9  # a new connection only
     calls = [begin(failed_miss, module, 2) for _ in range(25)]
-    assert max(call.result(30) for call in calls) < 2  # MAX_WAIT and two timeouts
+    assert max(call.result(30) for call in calls) < 2  # MAX_WAIT and three timeouts
     assert is_right(module) < 0.4
     breakable_mysql.resume()
     assert module.planet(2) == VENUS
@@ -462,11 +462,11 @@ def test_a_query_that_takes_too_long_is_cut_off_and_not_repeated(example, db):
     shorten_timeouts(example)
     before = selects(db)
     start = time.monotonic()
-    with pytest.raises(pymysql.err.OperationalError, match="timed out|execution was"):
+    with pytest.raises(pymysql.err.OperationalError, match="execution was"):
         example.fetch("SELECT SLEEP(30), id FROM planet")
     assert time.monotonic() - start < 2
     assert selects(db) == before + 1
-    wait_until(lambda: not running(db, "SLEEP"), 1)
+    assert not running(db, "SLEEP")
     assert example.fetch("SELECT 'of the next one' AS x") == [{"x": "of the next one"}]
 
 

@@ -194,6 +194,7 @@ KEPT_BY = {
     "a key holds": "a_value_that_cannot_be_read_is_a_miss_is_replaced_and_is_reported",
     "the process that loads": "if_the_process_that_loads_is_killed_another_one_loads",
     "a query takes": "a_query_that_takes_too_long_is_cut_off_and_not_repeated",
+    "more than `MAX_CONNECTIONS`": "a_call_for_which_no_connection_becomes_free_raises_an_error",
     "MySQL refuses": "a_save_that_mysql_refuses_changes_nothing",
     "Redis cannot be reached": "a_record_that_a_save_could_not_remove_is_removed_later",
     "a certificate": "a_redis_that_is_not_verified_gets_nothing",

@@ -231,8 +231,8 @@ def shorten_timeouts(module):
         assert options[name] == module.MYSQL_TIMEOUT == 5
         options[name] = 0.5
     own = options["init_command"]
-    assert "max_execution_time = 5000" in own and "max_statement_time = 5 " in own
-    options["init_command"] = own.replace("5000", "500").replace("= 5 ", "= 0.5 ")
+    assert "max_execution_time = 4900" in own and "max_statement_time = 4.9" in own
+    options["init_command"] = own.replace("4900", "400").replace("4.9", "0.4")
     module.MYSQL_TIMEOUT = 0.5
     module.idle_connections.clear()
 
