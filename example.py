@@ -50,10 +50,10 @@ MYSQL_TIMEOUT = 5  # to connect to MySQL, or to wait for its reply
 MAX_CONNECTIONS = 20  # to MySQL, per process; MySQL must allow them for all processes
 # One caller loads, and has a lock. Its process can die, so the lock expires. If a load takes
 # longer than LOCK_TTL, for example because it waits for a connection, its result is not stored.
-LOCK_TTL = 2 * MYSQL_TIMEOUT
+LOCK_TTL = 2 * MYSQL_TIMEOUT  # 10, time to connect and to query
 # The others wait at most MAX_WAIT. This is longer than LOCK_TTL, so that one of them can get the
-# lock after it has expired.
-MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT
+# lock after it has expired, and load.
+MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT  # 15
 POLL_EVERY = 0.05  # how long they sleep before they look in Redis again
 WARN_EVERY = 60  # the same warning is not repeated within this time
 
@@ -274,8 +274,8 @@ def store_if_lock_held(lock, store, result):
     """
     try:
         with lock.redis.pipeline(transaction=True) as pipe:
-            # WATCH comes before owned(). So, if the lock is lost after owned(), execute() raises
-            # a WatchError, and stores nothing.
+            # owned() asks Redis on another connection. WATCH comes before it. So, if the lock is
+            # lost after owned(), execute() raises a WatchError, and stores nothing.
             pipe.watch(lock.name)
             if lock.owned():
                 pipe.multi()  # from here on, the pipe only collects the commands
@@ -409,12 +409,14 @@ except (TypeError, ValueError, redis.RedisError):
     raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
 
 # After one of these errors, Redis is paused. After any other, it is still used: it has refused a
-# command, for example because it is full, but it still serves hits.
+# command, for example because it is full, but it still serves hits. (MovedError means that this
+# node belongs to a cluster, but has refused INFO.)
 OUT_OF_REACH = (
     redis.ConnectionError,
     redis.TimeoutError,
     redis.RedisClusterException,
     ClusterDownError,
+    MovedError,
 )
 warned_at = {}  # warning -> the time at which it was last logged
 
@@ -455,10 +457,8 @@ def handle_redis_error(error):
     warn(f"a command to Redis failed with a {type(error).__name__}", error)
     if isinstance(error, OUT_OF_REACH):
         pause_redis()
-    elif isinstance(error, (redis.ReadOnlyError, MovedError)):
-        # After a failover, REDIS_URL leads to another node. Or this node belongs to a cluster,
-        # but has refused INFO.
-        redis_client.cache_clear()
+    elif isinstance(error, redis.ReadOnlyError):
+        redis_client.cache_clear()  # after a failover, REDIS_URL may lead to another node
 
 
 def lock_is_lost(error):
@@ -511,15 +511,15 @@ if ca := os.environ.get("DB_SSL_CA"):
         raise SettingError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
 
 
-def forget_connections():
+def reset_connections():
     """Start without a connection to MySQL. A child must not use those of its parent."""
     global idle_connections, connection_slots
     idle_connections = []
     connection_slots = threading.Semaphore(MAX_CONNECTIONS)
 
 
-forget_connections()
-os.register_at_fork(after_in_child=forget_connections)
+reset_connections()
+os.register_at_fork(after_in_child=reset_connections)
 
 
 @contextmanager
@@ -600,7 +600,7 @@ def execute(cursor, sql, args):
 # - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys. One node of a cluster
 #   can cause that. Without the node in REDIS_URL, a cluster is not used.
 # - A result that takes longer than REDIS_TIMEOUT to send is not stored. Redis is not paused,
-#   because redis-py raises a WatchError.
+#   because redis-py reports this as a WatchError.
 # - If the reply that gives a caller the lock is late, or if it fails to release the lock, the
 #   others wait for LOCK_TTL.
 # - If Redis grants locks, but a result cannot be stored, its callers load one after the other,
