@@ -10,7 +10,8 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
 - If Redis fails, a call queries MySQL instead, and a warning says why (handle_redis_error).
 - If a save cannot delete the old row from Redis, the same process tries again before it next
   looks up this row (retry_failed_delete).
-- A value that cannot be read is replaced (look_up). Every key expires (store_if_lock_held).
+- A value that cannot be read is replaced (look_up). Every key expires, even if a process dies
+  (store_if_lock_held).
 - A hit returns what the miss returned, in values and types (encode). A hit of 10,000 rows is
   about seven times as fast as MySQL (rows_to_json). A value in Redis cannot run code.
 - A process opens at most MAX_CONNECTIONS to MySQL. A connection is used by one caller at a
@@ -82,9 +83,9 @@ if missing := [name for name in required if not os.environ.get(name)]:
 def fetch(sql, args=None, ttl=None):
     """Return the rows of a query as a list of dicts, from Redis or MySQL.
 
-    sql: a statement that returns rows. args: the values for each %s in it. ttl: how many
-    seconds Redis keeps the rows, instead of TTL. Raises pymysql.Error if they are not
-    cached and the query fails.
+    sql: a statement that returns rows. args: the values for each %s in it. (With args, any
+    other % is written as %%.) ttl: how many seconds Redis keeps the rows, instead of TTL.
+    Raises pymysql.Error if they are not cached and the query fails.
     """
     key = fetch_key(sql, args)
     ttl = ttl_in_seconds(ttl)
@@ -217,7 +218,7 @@ def cache_aside(key, read, load, store):
             time.sleep(POLL_EVERY)
     except REDIS_ERRORS as error:
         handle_redis_error(error)
-    # Redis cannot be used, or this caller has waited for MAX_WAIT.
+    # Redis cannot be used for this key, or this caller has waited for MAX_WAIT.
     return load()
 
 
@@ -234,8 +235,8 @@ def look_up(key, read):
     try:
         result = read(client)
     except Exception as error:
-        # cache_aside handles an error of Redis. But WRONGTYPE means that the key holds, for
-        # example, a list, which cannot be read.
+        # WRONGTYPE means that the key holds a value of another type, such as a list. Any other
+        # error of Redis is for cache_aside.
         if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
             raise
         # Only the type of the error is logged, because its text can quote the value.
@@ -296,7 +297,8 @@ def release(lock):
 def invalidate(key):
     """Delete a key and its lock from Redis. Call it after the COMMIT that changes its row.
 
-    If Redis fails, this raises no error. This process deletes the key before its next look-up.
+    If Redis fails, this raises no error. This process then deletes the key before it next looks
+    up this key.
     """
     lock_name = name_of_lock(key)
     failed_at = failed_deletes.get(key)
@@ -529,7 +531,8 @@ def mysql_connection():
     If MAX_CONNECTIONS are in use, wait for up to MYSQL_TIMEOUT. Raises pymysql.Error.
     """
     if not connection_slots.acquire(timeout=MYSQL_TIMEOUT):
-        raise pymysql.OperationalError(f"all {MAX_CONNECTIONS} connections are in use")
+        # 1040 is MySQL's own number for too many connections.
+        raise pymysql.OperationalError(1040, "all MAX_CONNECTIONS are in use")
     try:
         connection = open_connection()
         try:
@@ -586,7 +589,7 @@ def execute(cursor, sql, args):
 # How old a result can be:
 # - If rows change in MySQL, their result stays in Redis until its TTL is over, or until
 #   invalidate removes it. save_planet does not remove the lists that fetch has cached.
-# - A result can be as old as its TTL and the time that its load took.
+# - A result can be as old as its TTL plus the time that its load took.
 # - If a save cannot delete the old record, this process deletes it before its next look-up, and
 #   keeps the key in memory until then. Other processes may return the old record meanwhile, at
 #   most for its TTL.
