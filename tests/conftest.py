@@ -8,7 +8,7 @@ import time
 import pymysql
 import pytest
 import redis
-from servers import Servers
+from servers import SIGNALS, Servers
 from tools import PROJECT, plain, plain_mysql
 
 servers = Servers()
@@ -16,8 +16,9 @@ loaded = []  # the modules that a test has loaded
 
 
 def pytest_configure(config):
-    # If pytest is terminated, it must still end the servers.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Whatever ends pytest, it must still end the servers.
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "error")
     servers.__enter__()
     config.add_cleanup(lambda: servers.__exit__(None, None, None))

@@ -113,3 +113,15 @@ def test_a_signal_ends_the_command_its_children_and_the_servers(name, trap):
     assert output == ("told\n" if trap == SAY else "")
     assert process.returncode == 128 + number
     assert [is_open(port) for port in ports] == [False, False]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_pytest_leaves_no_servers_if_a_signal_ends_it(name, tmp_path, monkeypatch):
+    file = tmp_path / "test_end.py"
+    file.write_text(f"import os, signal\ntest = lambda: os.kill(0, signal.{name})\n")
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT / "tests"))
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", file]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, start_new_session=True
+    )
+    assert "KeyboardInterrupt" in result.stdout and result.returncode == 2
