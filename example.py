@@ -172,7 +172,8 @@ def save_planet(id, name):
 def fetch_key(sql, args=None):
     """Return the key of these rows, as in invalidate(fetch_key(sql, args)).
 
-    sql, args: as for fetch, and written in the same way. [1] and (1,) make different keys.
+    sql, args: as for fetch, and written in the same way. [1] and (1,) make different keys, and
+    a set makes another key in each process.
     """
     key = sql if args is None else f"{sql} {args!r}"
     # A } becomes \x7d, because name_of_lock refuses it. A \ is doubled, so that different keys
@@ -427,14 +428,22 @@ warned_at = {}  # warning -> the time at which it was last logged
 def redis_client():
     """Return a client for the node in REDIS_URL, or for the cluster it belongs to.
 
-    redis-py lends a connection to one thread at a time, and makes new ones after a fork.
+    redis-py lends a connection to one thread at a time.
     """
     client = redis.Redis.from_url(**REDIS_OPTIONS)
     is_cluster = False
     # If INFO is not allowed, Redis is taken for a single node.
     with suppress(redis.ResponseError):
         is_cluster = client.info("cluster").get("cluster_enabled")
-    return redis.RedisCluster.from_url(**REDIS_OPTIONS) if is_cluster else client
+    if is_cluster:
+        client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
+    # A child must not use the client of its parent, nor close it: it could wait for ever for a
+    # lock that a thread of the parent had at the fork.
+    client.close = lambda: None
+    return client
+
+
+os.register_at_fork(after_in_child=redis_client.cache_clear)
 
 
 def redis_is_paused():

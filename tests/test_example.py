@@ -259,6 +259,43 @@ def test_a_child_need_not_wait_for_connections_that_its_parent_uses(cache):
     assert (result.stdout, result.stderr) == ("[{'x': 1}]\n", "")
 
 
+FORK_DURING_A_CALL = """
+import faulthandler, gc, os, sys, threading, warnings, example
+
+held, done = threading.Event(), threading.Event()
+
+def hold():  # as each call of another thread does, for a moment
+    with example.redis_client().connection_pool._lock:
+        held.set()
+        done.wait()
+
+def use_a_new_client():
+    example.pause_redis()
+    example.paused_until = 0
+    gc.collect()
+    print(example.planet(1), flush=True)
+
+use_a_new_client()
+use_a_new_client()  # because redis-py keeps the first one for ever
+threading.Thread(target=hold).start()
+held.wait()
+warnings.simplefilter("ignore")  # Python 3.12 warns of such a fork
+child = os.fork()
+if not child:
+    faulthandler.dump_traceback_later(5, exit=True)  # if it hangs
+    print(example.planet(1), flush=True)
+    use_a_new_client()
+    sys.exit()
+done.set()
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_child_does_not_wait_for_a_lock_that_its_parent_had(cache):
+    result = python("-c", FORK_DURING_A_CALL)
+    assert (result.stdout, result.stderr) == (4 * f"{MERCURY}\n", "")
+
+
 # ---- Settings, script and seed
 
 
