@@ -424,6 +424,16 @@ OUT_OF_REACH = (
 warned_at = {}  # warning -> the time at which it was last logged
 
 
+class Cluster(redis.RedisCluster):
+    """If a key moves to a node that is new, redis-py raises AttributeError. This does not."""
+
+    def get_node(self, *args, **kwargs):
+        node = super().get_node(*args, **kwargs)
+        if node is None:
+            raise redis.RedisClusterException("a key moves to a node that is new")
+        return node
+
+
 @functools.cache
 def redis_client():
     """Return a client for the node in REDIS_URL, or for the cluster it belongs to.
@@ -436,9 +446,12 @@ def redis_client():
     with suppress(redis.ResponseError):
         is_cluster = client.info("cluster").get("cluster_enabled")
     if is_cluster:
-        client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
-    # A child must not use the client of its parent, nor close it: it could wait for ever for a
-    # lock that a thread of the parent had at the fork.
+        client = Cluster.from_url(**REDIS_OPTIONS)
+        # After an error, redis-py would look for the nodes again, in one thread after the other.
+        # pause_redis makes a new client instead.
+        client.nodes_manager.initialize = lambda *args, **kwargs: None
+    # A child must not use the client of its parent, nor close it (redis-py closes a client that
+    # nobody uses): it could wait for ever, for a lock that a thread of the parent had at the fork.
     client.close = lambda: None
     return client
 

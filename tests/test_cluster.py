@@ -8,7 +8,16 @@ import pytest
 import redis
 from conftest import load
 from servers import Servers
-from tools import MERCURY, plant, selects, start_cluster, warnings
+from tools import (
+    MERCURY,
+    is_well,
+    plain,
+    plant,
+    selects,
+    start_cluster,
+    wait_until,
+    warnings,
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +99,45 @@ def test_a_cluster_that_was_taken_for_a_single_node_is_recognised(nodes, modules
     for id in range(1, 9):
         assert modules[0].planet(id) == modules[1].planet(id)
     assert isinstance(modules[0].redis_client(), redis.RedisCluster)
+
+
+def test_a_key_that_moves_to_a_new_node_is_read_and_saved(nodes, modules, cache, db):
+    module, other, _ = modules
+    new = {"id": 1, "name": "New"}
+    assert module.planet(1) == MERCURY
+    slot, port = cache.keyslot("planet:1"), cache.get_node_from_key("planet:1").port
+    source, target = sorted(nodes, key=lambda node: node.port != port)[:2]
+    id_of = lambda node: plain(node).execute_command("CLUSTER MYID")
+    set_slot = lambda node, *args: plain(node).execute_command(
+        "CLUSTER SETSLOT", slot, *args
+    )
+    module.redis_client().nodes_manager.nodes_cache.pop(f"127.0.0.1:{target.port}")
+    set_slot(target, "IMPORTING", id_of(source))
+    set_slot(source, "MIGRATING", id_of(target))
+    cache.delete("planet:1")  # so that the old node sends callers to the new one
+    try:
+        assert module.planet(1) == MERCURY and module.redis_is_paused()
+        assert module.save_planet(1, "New") == new
+    finally:
+        set_slot(source, "STABLE")
+        set_slot(target, "STABLE")
+    module.paused_until = 0
+    assert module.planet(1) == other.planet(1) == new
+
+
+def test_callers_do_not_wait_in_turn_for_a_cluster_that_hangs(nodes, modules):
+    assert all(modules[0].planet(id) for id in range(1, 9))
+    for node in nodes:
+        node.pause()
+    start = time.monotonic()
+    with ThreadPoolExecutor(20) as pool:
+        results = list(pool.map(modules[0].planet, 20 * [1]))
+    seconds = time.monotonic() - start
+    for node in nodes:
+        node.resume()
+    wait_until(lambda: all(map(is_well, nodes)))
+    assert results == 20 * [MERCURY]
+    assert seconds < 2  # a tenth of a second for each would be 2
 
 
 @pytest.mark.parametrize("text", ["a", "{}"])
