@@ -307,7 +307,7 @@ def invalidate(key):
         redis_client().delete(key, lock_name)
         if failed_deletes.get(key) == failed_at:  # no other thread has failed meanwhile
             failed_deletes.pop(key, None)
-    except REDIS_ERRORS as error:
+    except (*REDIS_ERRORS, AttributeError) as error:  # AttributeError: see Cluster
         failed_deletes[key] = time.monotonic()
         handle_redis_error(error)
 
