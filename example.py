@@ -638,6 +638,11 @@ def execute(cursor, sql, args):
 #   waited before: for another caller (MAX_WAIT), and for a free connection (MYSQL_TIMEOUT).
 # - Callers that have waited for MAX_WAIT query MySQL at the same time.
 #
+# Interrupted calls:
+# - If a signal handler raises an exception in the middle of a call (Ctrl-C, or the time limit of a
+#   job queue), redis-py may leave a reply unread. Then a later call can return the rows of another
+#   key. End the process, or call redis_client.cache_clear(), which makes a new client.
+#
 # Rights:
 # - Keys do not name the database or the program, and a value of another type is deleted. Give
 #   each database a Redis of its own, or one of the numbered databases in Redis.
