@@ -307,7 +307,8 @@ def invalidate(key):
         redis_client().delete(key, lock_name)
         if failed_deletes.get(key) == failed_at:  # no other thread has failed meanwhile
             failed_deletes.pop(key, None)
-    except (*REDIS_ERRORS, AttributeError) as error:  # AttributeError: see Cluster
+    # In a cluster, delete can raise AttributeError, because it does not use the class Cluster.
+    except (*REDIS_ERRORS, AttributeError) as error:
         failed_deletes[key] = time.monotonic()
         handle_redis_error(error)
 
@@ -425,7 +426,7 @@ warned_at = {}  # warning -> the time at which it was last logged
 
 
 class Cluster(redis.RedisCluster):
-    """If a key moves to a node that is new, redis-py raises AttributeError. This does not."""
+    """Raises an error of Redis if a key moves to a new node. (redis-py: an AttributeError.)"""
 
     def get_node(self, *args, **kwargs):
         node = super().get_node(*args, **kwargs)
@@ -450,8 +451,8 @@ def redis_client():
         # After an error, redis-py would look for the nodes again, in one thread after the other.
         # pause_redis makes a new client instead.
         client.nodes_manager.initialize = lambda *args, **kwargs: None
-    # A child must not use the client of its parent, nor close it (redis-py closes a client that
-    # nobody uses): it could wait for ever, for a lock that a thread of the parent had at the fork.
+    # redis-py closes a client that is no longer used. In a child, after a fork, this could wait
+    # for ever for a lock, which a thread of the parent had at the fork.
     client.close = lambda: None
     return client
 
