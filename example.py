@@ -307,8 +307,7 @@ def invalidate(key):
         redis_client().delete(key, lock_name)
         if failed_deletes.get(key) == failed_at:  # no other thread has failed meanwhile
             failed_deletes.pop(key, None)
-    # In a cluster, delete can raise AttributeError, because it does not use the class Cluster.
-    except (*REDIS_ERRORS, AttributeError) as error:
+    except REDIS_ERRORS as error:
         failed_deletes[key] = time.monotonic()
         handle_redis_error(error)
 
@@ -426,13 +425,17 @@ warned_at = {}  # warning -> the time at which it was last logged
 
 
 class Cluster(redis.RedisCluster):
-    """Raises an error of Redis if a key moves to a new node. (redis-py: an AttributeError.)"""
+    """If a key moves to a new node, raise an error of Redis. redis-py raises AttributeError."""
 
     def get_node(self, *args, **kwargs):
         node = super().get_node(*args, **kwargs)
         if node is None:
             raise redis.RedisClusterException("a key moves to a node that is new")
         return node
+
+    def delete(self, *keys):
+        # redis-py would use a pipeline, which does not have this get_node.
+        return self.execute_command("DEL", *keys)
 
 
 @functools.cache
@@ -451,8 +454,8 @@ def redis_client():
         # After an error, redis-py would look for the nodes again, in one thread after the other.
         # pause_redis makes a new client instead.
         client.nodes_manager.initialize = lambda *args, **kwargs: None
-    # redis-py closes a client that is no longer used. In a child, after a fork, this could wait
-    # for ever for a lock, which a thread of the parent had at the fork.
+    # redis-py closes a client that is no longer used. After a fork, this can block the child
+    # without end, because a thread of the parent had a lock of the client.
     client.close = lambda: None
     return client
 

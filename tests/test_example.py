@@ -264,7 +264,7 @@ import faulthandler, gc, os, sys, threading, warnings, example
 
 held, done = threading.Event(), threading.Event()
 
-def hold():  # as each call of another thread does, for a moment
+def hold():  # Each call of another thread does this for a moment.
     with example.redis_client().connection_pool._lock:
         held.set()
         done.wait()
@@ -276,7 +276,7 @@ def use_a_new_client():
     print(example.planet(1), flush=True)
 
 use_a_new_client()
-use_a_new_client()  # because redis-py keeps the first one for ever
+use_a_new_client()  # redis-py never closes the first one.
 threading.Thread(target=hold).start()
 held.wait()
 warnings.simplefilter("ignore")  # Python 3.12 warns of such a fork
