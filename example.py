@@ -9,7 +9,7 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
 - A slow reader does not store an old row after a save (store_if_lock_held).
 - If Redis fails, a call queries MySQL instead, and a warning says why (handle_redis_error).
 - If a save cannot delete the old row from Redis, the same process tries again before it next
-  looks up this row (retry_failed_delete).
+  looks up this row (redis_can_be_used).
 - A value that cannot be read is replaced (look_up). Every key expires, even if a process dies
   (store_if_lock_held).
 - A hit returns what the miss returned, in values and types (encode). A hit of 10,000 rows is
@@ -207,9 +207,7 @@ def cache_aside(key, read, load, store):
     lock_name = name_of_lock(key)
     deadline = time.monotonic() + MAX_WAIT
     try:
-        while not redis_is_paused() and time.monotonic() < deadline:
-            if not retry_failed_delete(key):
-                break  # query MySQL, because the old record may still be in Redis
+        while redis_can_be_used(key) and time.monotonic() < deadline:
             result = look_up(key, read)
             if result is not MISS:
                 return result
@@ -217,14 +215,17 @@ def cache_aside(key, read, load, store):
             if lock.acquire(blocking=False):
                 return load_with_lock(lock, key, read, load, store)
             time.sleep(POLL_EVERY)
-    except REDIS_ERRORS as error:
-        handle_redis_error(error)
+    except BaseException as error:
+        if not handle_redis_error(error):
+            raise  # such as an error of MySQL
     # Redis cannot be used for this key, or this caller has waited for MAX_WAIT.
     return load()
 
 
-def retry_failed_delete(key):
-    """If a save could not delete this key, try again. Return False if this fails, too."""
+def redis_can_be_used(key):
+    """Return False in a pause, or if the old record cannot be deleted after a save."""
+    if redis_is_paused():
+        return False
     if key in failed_deletes:
         invalidate(key)
     return key not in failed_deletes
@@ -242,7 +243,9 @@ def look_up(key, read):
             raise
         # Only the type of the error is logged, because its text can quote the value.
         warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
-        client.delete(key)
+        # The error can also be the time limit of a job queue: see handle_redis_error.
+        redis_client.cache_clear()
+        redis_client().delete(key)
         return MISS
     if result is not MISS:
         log.debug("hit: %s", key)
@@ -307,9 +310,10 @@ def invalidate(key):
         redis_client().delete(key, lock_name)
         if failed_deletes.get(key) == failed_at:  # no other thread has failed meanwhile
             failed_deletes.pop(key, None)
-    except REDIS_ERRORS as error:
+    except BaseException as error:
         failed_deletes[key] = time.monotonic()
-        handle_redis_error(error)
+        if not handle_redis_error(error):
+            raise
 
 
 def name_of_lock(key):
@@ -479,14 +483,21 @@ def pause_redis():
 
 
 def handle_redis_error(error):
-    """Log a warning. If Redis is out of reach, pause it."""
-    if lock_is_lost(error):
-        return  # not a failure: a save has deleted the lock, or it has expired
-    warn(f"a command to Redis failed with a {type(error).__name__}", error)
+    """Log a warning. If Redis is out of reach, pause it. Return False for other errors."""
+    if not isinstance(error, REDIS_ERRORS):
+        # Ctrl-C, or the time limit of a job queue, may have left a reply unread on a connection.
+        # The next command would take it for its own. So use a new client.
+        if not isinstance(error, pymysql.Error):
+            redis_client.cache_clear()
+        return False
+    # A lost lock is not a failure: a save has deleted it, or it has expired.
+    if not lock_is_lost(error):
+        warn(f"a command to Redis failed with a {type(error).__name__}", error)
     if isinstance(error, OUT_OF_REACH):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
         redis_client.cache_clear()  # after a failover, REDIS_URL may lead to another node
+    return True
 
 
 def lock_is_lost(error):
@@ -642,10 +653,10 @@ def execute(cursor, sql, args):
 #   waited before: for another caller (MAX_WAIT), and for a free connection (MYSQL_TIMEOUT).
 # - Callers that have waited for MAX_WAIT query MySQL at the same time.
 #
-# Interrupted calls:
-# - If a signal handler raises an exception in the middle of a call (Ctrl-C, or the time limit of a
-#   job queue), redis-py may leave a reply unread. Then a later call can return the rows of another
-#   key. End the process, or call redis_client.cache_clear(), which makes a new client.
+# If a signal handler raises an exception in the middle of a call, such as a time limit:
+# - The lock may remain. Then the others wait for LOCK_TTL.
+# - In a look-up, it is taken for a value that cannot be read. The call goes on, without an error.
+#   (Ctrl-C is not, because KeyboardInterrupt is not a subclass of Exception.)
 #
 # Rights:
 # - Keys do not name the database or the program, and a value of another type is deleted. Give

@@ -1,12 +1,15 @@
 """What a caller gets when Redis or MySQL fails, in the order of the README's table."""
 
+import itertools
+import threading
 import time
 from concurrent.futures import wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pymysql
 import pytest
 from conftest import PROJECT, load
+from redis.connection import AbstractConnection
 from servers import Servers, free_port
 from tools import (
     MERCURY,
@@ -385,6 +388,44 @@ def test_a_mistake_in_a_decoder_or_a_key_is_reported(example, cache, caplog):
     with pytest.raises(TypeError):
         example.record(("planet", 1), "SELECT 1 AS x")
     assert not example.redis_is_paused()
+
+
+class TimeLimit(Exception):
+    """What a job queue raises in the handler of a signal."""
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, TimeLimit])
+@pytest.mark.parametrize("number", range(1, 10))
+def test_after_an_interrupted_call_the_next_ones_get_their_own_rows(
+    number, interruption, own_redis, monkeypatch
+):
+    send = AbstractConnection.send_packed_command
+    commands = itertools.count(1)
+
+    def interrupted(*args, **kwargs):
+        """Raise the error after this command, whose reply comes 50 ms later."""
+        now = next(commands) == number
+        if now:
+            relay.hold()
+            threading.Timer(0.05, relay.release).start()
+        send(*args, **kwargs)
+        if now:
+            raise interruption
+
+    with Relay(own_redis.port) as relay:
+        port = str(own_redis.port)
+        module = load(REDIS_URL=own_redis.url.replace(port, str(relay.port)))
+        assert all(map(module.planet, [2, 3]))
+        monkeypatch.setattr(AbstractConnection, "send_packed_command", interrupted)
+        start = time.monotonic()
+        for id in 1, 2, "invalidate", 2, 3, 2, 3:  # a miss of 7 commands, then hits
+            with suppress(interruption):
+                if id == "invalidate":
+                    module.invalidate("planet:1")
+                else:
+                    assert module.planet(id)["id"] == id
+        assert next(commands) > number
+        assert time.monotonic() - start < 1
 
 
 def test_if_the_process_that_loads_is_killed_another_one_loads(at_once):
