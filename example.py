@@ -64,7 +64,7 @@ REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
 paused_until = 0  # before this time.monotonic(), nothing is looked up in Redis
 failed_deletes = {}  # key that a save could not delete -> the time of its last failure
 
-# At level DEBUG, the log shows each hit and each query, with the args.
+# At level DEBUG, the log shows the key of each hit, and the text of each query.
 log = logging.getLogger(__name__)
 
 # ---- Settings
@@ -594,7 +594,8 @@ def open_connection():
 def query(sql, args=None):
     """Return the rows from MySQL as a list of dicts, without Redis. Raises pymysql.Error."""
     with mysql_connection() as connection, connection.cursor() as cursor:
-        execute(cursor, sql, args)
+        log.debug("MySQL: %s", sql)
+        cursor.execute(sql, args)
         # A statement without rows can have made the session writable, such as SET SESSION
         # TRANSACTION READ WRITE. This error makes mysql_connection close the connection.
         if not cursor.description:  # it has no columns
@@ -610,15 +611,10 @@ def write(sql, args=None):
     """
     with mysql_connection() as connection, connection.cursor() as cursor:
         cursor.execute("START TRANSACTION READ WRITE")
-        execute(cursor, sql, args)
+        log.debug("MySQL: %s", sql)
+        cursor.execute(sql, args)
         connection.commit()
         return cursor.lastrowid or None
-
-
-def execute(cursor, sql, args):
-    if log.isEnabledFor(logging.DEBUG):  # the text of large args takes long to build
-        log.debug("MySQL: %s", fetch_key(sql, args))
-    cursor.execute(sql, args)
 
 
 # ---- Limits
