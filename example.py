@@ -31,9 +31,10 @@ import functools
 import json
 import logging
 import os
+import queue
+import re
 import ssl
 import sys
-import threading
 import time
 from contextlib import contextmanager, suppress
 from datetime import date, datetime, timedelta
@@ -173,9 +174,12 @@ def fetch_key(sql, args=None):
     """Return the key of these rows, as in invalidate(fetch_key(sql, args)).
 
     sql, args: as for fetch, and written in the same way. [1] and (1,) make different keys, and
-    a set makes another key in each process.
+    a set makes another key in each process. Raises TypeError if the repr of an argument is an
+    address, such as <Id object at 0x7f0c>, because later another object can have this address.
     """
     key = sql if args is None else f"{sql} {args!r}"
+    if args is not None and " at 0x" in repr(args):
+        raise TypeError("the repr of an argument does not show its value")
     # A } becomes \x7d, because name_of_lock refuses it. A \ is doubled, so that different keys
     # stay different.
     return key.replace("\\", r"\\").replace("}", r"\x7d")
@@ -410,7 +414,11 @@ REDIS_OPTIONS = {
     "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
 }
 try:  # make_connection checks the URL, and does not connect
-    redis.Redis.from_url(**REDIS_OPTIONS).connection_pool.make_connection()
+    connection = redis.Redis.from_url(**REDIS_OPTIONS).connection_pool.make_connection()
+    (connection.host or "").encode("idna")  # refuses .example.com, as connecting would
+    # If the password of user has a / in it, redis-py takes the part before it for a port.
+    if re.search("//.*[/?#].*@", REDIS_OPTIONS["url"]):
+        raise ValueError
 except (TypeError, ValueError, redis.RedisError):
     # The text of this error is left out because it could show the password.
     raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
@@ -486,8 +494,9 @@ def handle_redis_error(error):
     """Log a warning. If Redis is out of reach, pause it. Return False for other errors."""
     if not isinstance(error, REDIS_ERRORS):
         # Ctrl-C, or the time limit of a job queue, may have left a reply unread on a connection.
-        # The next command would take it for its own. So use a new client.
-        if not isinstance(error, pymysql.Error):
+        # The next command would take it for its own. So use a new client, unless the error is
+        # from MySQL, or from a mistake in the arguments.
+        if not isinstance(error, (pymysql.Error, ValueError, TypeError, LookupError)):
             redis_client.cache_clear()
         return False
     # A lost lock is not a failure: a save has deleted it, or it has expired.
@@ -526,11 +535,12 @@ MYSQL_OPTIONS = {
     "host": os.environ["DB_HOST"],
     "port": int(port),
     "user": os.environ["DB_USER"],
-    "password": os.environ["DB_PASS"].encode(),  # PyMySQL would send text as Latin-1
+    # Bytes, because PyMySQL would send text as Latin-1.
+    "password": os.fsencode(os.environ["DB_PASS"]),
     "database": os.environ["DB_NAME"],
     "cursorclass": pymysql.cursors.DictCursor,
     # Without autocommit, a connection stays in its first transaction and sees no later change.
-    "autocommit": True,
+    "autocommit": True,  # set again below, because MySQL can say that it is on when it is off
     "connect_timeout": MYSQL_TIMEOUT,
     "read_timeout": MYSQL_TIMEOUT,
     "write_timeout": MYSQL_TIMEOUT,
@@ -538,7 +548,8 @@ MYSQL_OPTIONS = {
     # Queries cannot write. The servers have different names for the last two. MySQL (5.7.20 or
     # newer) runs the text in /*!50720 */, and MariaDB the text in /*M! */. Each of them ignores
     # the other text.
-    "init_command": "SET SESSION innodb_lock_wait_timeout = 2, lock_wait_timeout = 2,"
+    "init_command": "SET SESSION autocommit = 1, completion_type = 0,"
+    " innodb_lock_wait_timeout = 2, lock_wait_timeout = 2,"
     " /*!50720 transaction_read_only = 1,"
     f" max_execution_time = {1000 * MYSQL_TIMEOUT - 100:.0f} */"  # milliseconds
     f" /*M! tx_read_only = 1, max_statement_time = {MYSQL_TIMEOUT - 0.1} */",
@@ -554,7 +565,9 @@ def reset_connections():
     """Start without a connection to MySQL. A child must not use those of its parent."""
     global idle_connections, connection_slots
     idle_connections = []
-    connection_slots = threading.Semaphore(MAX_CONNECTIONS)
+    connection_slots = queue.SimpleQueue()
+    for _ in range(MAX_CONNECTIONS):
+        connection_slots.put("slot")
 
 
 reset_connections()
@@ -567,9 +580,11 @@ def mysql_connection():
 
     If MAX_CONNECTIONS are in use, wait for up to MYSQL_TIMEOUT. Raises pymysql.Error.
     """
-    if not connection_slots.acquire(timeout=MYSQL_TIMEOUT):
+    try:
+        slot = connection_slots.get(timeout=MYSQL_TIMEOUT)
+    except queue.Empty:
         # 1040 is MySQL's own number for too many connections.
-        raise pymysql.OperationalError(1040, "all MAX_CONNECTIONS are in use")
+        raise pymysql.OperationalError(1040, "all MAX_CONNECTIONS are in use") from None
     try:
         connection = open_connection()
         try:
@@ -579,7 +594,7 @@ def mysql_connection():
             raise
         idle_connections.append(connection)
     finally:
-        connection_slots.release()
+        connection_slots.put(slot)
 
 
 def open_connection():
@@ -648,16 +663,23 @@ def write(sql, args=None):
 # - If it hangs, a miss raises an error after 10 s (a ping, and a new connection). It can have
 #   waited before: for another caller (MAX_WAIT), and for a free connection (MYSQL_TIMEOUT).
 # - Callers that have waited for MAX_WAIT query MySQL at the same time.
+# - The time limit that MySQL itself has is for SELECT. A write, or a stored procedure, can go on
+#   after its call has raised an error. (MariaDB ends these, too.)
 #
-# If a signal handler raises an exception in the middle of a call, such as a time limit:
+# If a signal handler raises an exception in the middle of a call (Ctrl-C, or the time limit of a
+# job queue), it is best to end the process soon:
 # - The lock may remain. Then the others wait for LOCK_TTL.
-# - In a look-up, it is taken for a value that cannot be read. The call goes on, without an error.
-#   (Ctrl-C is not, because KeyboardInterrupt is not a subclass of Exception.)
+# - In a look-up, an Exception is taken for a value that cannot be read, and the call goes on. (A
+#   KeyboardInterrupt is not an Exception.)
+# - Very rarely, one of the MAX_CONNECTIONS is lost, another thread gets an error, or the process
+#   crashes in hiredis.
 #
 # Rights:
 # - Keys do not name the database or the program, and a value of another type is deleted. Give
 #   each database a Redis of its own, or one of the numbered databases in Redis.
-# - A stored procedure can make a session writable. Give DB_USER only the rights it needs.
+# - A stored procedure can change its session, which other callers use later: make it writable, or
+#   leave a transaction open, which sees no later change. MariaDB's SET STATEMENT can make one
+#   query writable. Give DB_USER only the rights it needs.
 
 # ---- The demonstration
 

@@ -183,6 +183,25 @@ def test_arguments_are_escaped_and_part_of_the_key(example, cache):
     assert example.fetch_key("}") != example.fetch_key(r"\x7d")
 
 
+def test_arguments_without_a_value_in_their_repr_are_refused(example, cache):
+    class Id:
+        def __str__(self):  # PyMySQL sends this
+            return "1"
+
+    for args in [Id()], {"id": Id()}, ([Id()],):
+        with pytest.raises(TypeError, match="repr"):
+            example.fetch(f"{PLANETS} WHERE id IN %s", args)
+    assert cache.keys() == []
+
+
+def test_a_mistake_in_the_arguments_does_not_replace_the_client(example, cache):
+    client = example.redis_client()
+    for sql, args in ("SELECT %s", ["\ud800"]), ("SELECT %(a)s", {}):
+        with pytest.raises((ValueError, LookupError)):
+            example.fetch(sql, args)
+    assert example.redis_client() is client
+
+
 def test_arguments_of_other_types_are_other_arguments(example, cache):
     arguments = 1, "1", Decimal("1.0"), b"1", None, date(2019, 7, 25), time(1, 2)
     results = [example.fetch("SELECT %s AS x", [x])[0]["x"] for x in arguments]
@@ -206,6 +225,52 @@ def test_fetch_cannot_write(write, begin, example, cache, db):
     wait_until(lambda: kept and db.execute("SHOW PROCESSLIST") <= connections)
     assert not cache.exists(write)
     assert example.fetch(PLANETS)[0] == MERCURY
+
+
+@pytest.mark.parametrize("setting", ["autocommit = 0", "completion_type = 1"])
+def test_no_transaction_stays_open_however_the_server_is_set(setting, example, db):
+    def names():
+        return example.query("SELECT name FROM planet WHERE id < 3")
+
+    db.execute(f"SET GLOBAL {setting}")
+    try:
+        example.write("UPDATE planet SET name = 'New' WHERE id = 1")
+    finally:
+        db.execute(f"SET GLOBAL {setting.split()[0]} = DEFAULT")
+    assert names() == [{"name": "New"}, {"name": "Venus"}]
+    db.execute("UPDATE planet SET name = 'Newer' WHERE id < 3")
+    assert names() == [{"name": "Newer"}, {"name": "Newer"}]
+
+
+INTERRUPTED_QUERIES = """
+import faulthandler, itertools, sys, example
+
+def query(number):
+    # As if somebody pressed Ctrl-C before this line of Python code.
+    lines = itertools.count(1)
+
+    def interrupt(frame, event, _):
+        if event == "line" and next(lines) == number:
+            raise KeyboardInterrupt
+        return interrupt
+
+    sys.settrace(interrupt)
+    try:
+        return example.query("SELECT 1 AS x")
+    except KeyboardInterrupt:
+        return None
+    finally:
+        sys.settrace(None)
+
+faulthandler.dump_traceback_later(30, exit=True)  # if a query hangs
+results = [query(number) for number in range(1, 1000)]
+print(results[0], results[-1], example.connection_slots.qsize() > 15)
+"""
+
+
+def test_interrupted_queries_do_not_block_later_ones(db):
+    # On standard error, PyMySQL complains of its half-made objects.
+    assert python("-c", INTERRUPTED_QUERIES).stdout == "None [{'x': 1}] True\n"
 
 
 def test_threads_get_their_own_rows(example, cache):
@@ -242,9 +307,10 @@ def test_processes_that_fork_never_share_a_connection(cache):
 
 
 FORK_DURING_A_QUERY = """
-import os, threading, example
+import os, example
 
-example.connection_slots = threading.Semaphore(1)
+for _ in range(example.MAX_CONNECTIONS - 1):
+    example.connection_slots.get()
 with example.mysql_connection():  # as another thread of the parent would
     child = os.fork()
     if not child:
@@ -343,6 +409,8 @@ def test_an_import_is_silent_and_connects_to_nothing(cache, db):
         ("REDIS_URL.*redis://", {"REDIS_URL": "nonsense"}),
         ("REDIS_URL", {"REDIS_URL": "redis://:geheim#niss@localhost:6379"}),
         ("REDIS_URL", {"REDIS_URL": "redis://:geheim@localhost:6379?x=geheim"}),
+        ("REDIS_URL", {"REDIS_URL": "redis://user:12345/geheim@localhost:6379"}),
+        ("REDIS_URL", {"REDIS_URL": "redis://user:geheim@.example.com:6379"}),
         ("DB_SSL_CA.*/no/such/ca.pem", {"DB_SSL_CA": "/no/such/ca.pem"}),
         (f"DB_SSL_CA.*{__file__}", {"DB_SSL_CA": __file__}),
     ],
@@ -361,6 +429,7 @@ def test_a_database_out_of_reach_is_one_line(cache):
 
 
 def test_a_password_can_contain_any_character(db, cache):
+    load(DB_PASS="\udcff")  # os.environ has this for a byte that is not UTF-8
     secret = "p€ß %/:#@?'\"\\ "
     db.execute("CREATE USER odd@'%%' IDENTIFIED BY %s", (secret,))
     db.execute("GRANT SELECT ON tutorial.* TO odd@'%'")
