@@ -263,8 +263,8 @@ def query(number):
         sys.settrace(None)
 
 faulthandler.dump_traceback_later(30, exit=True)  # if a query hangs
-results = [query(number) for number in range(1, 1000)]
-print(results[0], results[-1], example.connection_slots.qsize() > 15)
+results = map(query, itertools.count(1))
+print(next(results), next(filter(None, results)), example.connection_slots.qsize() > 15)
 """
 
 
