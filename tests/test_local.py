@@ -52,6 +52,21 @@ def test_the_command_has_its_own_input_output_and_exit_status(end, status):
     assert not is_open(port)
 
 
+def test_bash_finds_the_python_of_the_sample_whatever_bashrc_says(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".bashrc").write_text("PATH=$HOME:$PATH")
+    (tmp_path / "python").touch(0o755)  # the wrong one
+    terminal, end = os.openpty()  # otherwise bash does not read .bashrc
+    os.write(terminal, b"command -v python\nexit\n")
+    result = subprocess.run(
+        [*LOCAL, "bash"], stdin=end, stdout=subprocess.PIPE, stderr=end, check=True
+    )
+    os.close(terminal), os.close(end)
+    assert result.stdout.decode() == f"{VENV / 'bin' / 'python'}\n"
+
+
 def test_a_mistake_is_one_line_and_has_its_own_exit_status():
     unknown, nothing = run("no such command"), run()
     assert (unknown.returncode, nothing.returncode) == (127, 2)
