@@ -62,6 +62,9 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
+# Errors that come from a value, or from a mistake in the code. (A signal handler raises others.)
+VALUE_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+VALUE_ERRORS += (NameError, RecursionError)
 paused_until = 0  # before this time.monotonic(), nothing is looked up in Redis
 failed_deletes = {}  # key that a save could not delete -> the time of its last failure
 
@@ -240,16 +243,14 @@ def look_up(key, read):
     client = redis_client()
     try:
         result = read(client)
-    except Exception as error:
+    except (redis.ResponseError, *VALUE_ERRORS) as error:
         # WRONGTYPE means that the key holds a value of another type, such as a list. Any other
         # error of Redis is for cache_aside.
-        if isinstance(error, REDIS_ERRORS) and "WRONGTYPE" not in str(error):
+        if isinstance(error, redis.ResponseError) and "WRONGTYPE" not in str(error):
             raise
         # Only the type of the error is logged, because its text can quote the value.
         warn("a value in Redis cannot be read, it is replaced", type(error).__name__)
-        # The error can also be the time limit of a job queue: see handle_redis_error.
-        redis_client.cache_clear()
-        redis_client().delete(key)
+        client.delete(key)
         return MISS
     if result is not MISS:
         log.debug("hit: %s", key)
@@ -494,9 +495,8 @@ def handle_redis_error(error):
     """Log a warning. If Redis is out of reach, pause it. Return False for other errors."""
     if not isinstance(error, REDIS_ERRORS):
         # Ctrl-C, or the time limit of a job queue, may have left a reply unread on a connection.
-        # The next command would take it for its own. So use a new client, unless the error is
-        # from MySQL, or from a mistake in the arguments.
-        if not isinstance(error, (pymysql.Error, ValueError, TypeError, LookupError)):
+        # The next command would take it for its own. So use a new client.
+        if not isinstance(error, (pymysql.Error, *VALUE_ERRORS)):
             redis_client.cache_clear()
         return False
     # A lost lock is not a failure: a save has deleted it, or it has expired.
@@ -669,8 +669,6 @@ def write(sql, args=None):
 # If a signal handler raises an exception in the middle of a call (Ctrl-C, or the time limit of a
 # job queue), it is best to end the process soon:
 # - The lock may remain. Then the others wait for LOCK_TTL.
-# - In a look-up, an Exception is taken for a value that cannot be read, and the call goes on. (A
-#   KeyboardInterrupt is not an Exception.)
 # - Very rarely, one of the MAX_CONNECTIONS is lost, another thread gets an error, or the process
 #   crashes in hiredis.
 #
