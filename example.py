@@ -52,7 +52,7 @@ MYSQL_TIMEOUT = 5  # to connect to MySQL, or to wait for its reply
 MAX_CONNECTIONS = 20  # to MySQL, per process; MySQL must allow them for all processes
 # One caller loads, and has a lock. Its process can die, so the lock expires. If a load takes
 # longer than LOCK_TTL, for example because it waits for a connection, its result is not stored.
-LOCK_TTL = 2 * MYSQL_TIMEOUT  # 10, time to connect and to query
+LOCK_TTL = 2 * MYSQL_TIMEOUT  # 10, because to connect and to query can take 5 each
 # The others wait at most MAX_WAIT. This is longer than LOCK_TTL, so that one of them can get the
 # lock after it has expired, and load.
 MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT  # 15
@@ -138,8 +138,7 @@ def record(key, sql, args=None, ttl=None):
         fields = NO_ROW
         if row is not None:
             fields = {name: to_json(value) for name, value in row.items()}
-        # No old fields can remain: there was no hash when this caller got the lock, and without
-        # the lock nobody stores one.
+        # No old fields can remain, because this is called only if the key is not in Redis.
         pipe.hset(key, mapping=fields)
         pipe.expire(key, ttl)
 
@@ -180,12 +179,12 @@ def fetch_key(sql, args=None):
     a set makes another key in each process. Raises TypeError if the repr of an argument is an
     address, such as <Id object at 0x7f0c>, because later another object can have this address.
     """
-    key = sql if args is None else f"{sql} {args!r}"
-    if args is not None and " at 0x" in repr(args):
+    suffix = "" if args is None else f" {args!r}"
+    if " at 0x" in suffix:
         raise TypeError("the repr of an argument does not show its value")
     # A } becomes \x7d, because name_of_lock refuses it. A \ is doubled, so that different keys
     # stay different.
-    return key.replace("\\", r"\\").replace("}", r"\x7d")
+    return (sql + suffix).replace("\\", r"\\").replace("}", r"\x7d")
 
 
 def ttl_in_seconds(ttl):
@@ -222,15 +221,17 @@ def cache_aside(key, read, load, store):
             if lock.acquire(blocking=False):
                 return load_with_lock(lock, key, read, load, store)
             time.sleep(POLL_EVERY)
+    except REDIS_ERRORS as error:
+        handle_redis_error(error)
     except BaseException as error:
-        if not handle_redis_error(error):
-            raise  # such as an error of MySQL
+        handle_interruption(error)
+        raise
     # Redis cannot be used for this key, or this caller has waited for MAX_WAIT.
     return load()
 
 
 def redis_can_be_used(key):
-    """Return False in a pause, or if the old record cannot be deleted after a save."""
+    """Return False in a pause, or if an old record cannot be deleted, which is tried again."""
     if redis_is_paused():
         return False
     if key in failed_deletes:
@@ -315,10 +316,13 @@ def invalidate(key):
         redis_client().delete(key, lock_name)
         if failed_deletes.get(key) == failed_at:  # no other thread has failed meanwhile
             failed_deletes.pop(key, None)
+    except REDIS_ERRORS as error:
+        failed_deletes[key] = time.monotonic()
+        handle_redis_error(error)
     except BaseException as error:
         failed_deletes[key] = time.monotonic()
-        if not handle_redis_error(error):
-            raise
+        handle_interruption(error)
+        raise
 
 
 def name_of_lock(key):
@@ -492,21 +496,23 @@ def pause_redis():
 
 
 def handle_redis_error(error):
-    """Log a warning. If Redis is out of reach, pause it. Return False for other errors."""
-    if not isinstance(error, REDIS_ERRORS):
-        # Ctrl-C, or the time limit of a job queue, may have left a reply unread on a connection.
-        # The next command would take it for its own. So use a new client.
-        if not isinstance(error, (pymysql.Error, *VALUE_ERRORS)):
-            redis_client.cache_clear()
-        return False
-    # A lost lock is not a failure: a save has deleted it, or it has expired.
-    if not lock_is_lost(error):
-        warn(f"a command to Redis failed with a {type(error).__name__}", error)
+    """Log a warning. If Redis is out of reach, pause it."""
+    if lock_is_lost(error):
+        return  # not a failure: a save has deleted the lock, or it has expired
+    warn(f"a command to Redis failed with a {type(error).__name__}", error)
     if isinstance(error, OUT_OF_REACH):
         pause_redis()
     elif isinstance(error, redis.ReadOnlyError):
         redis_client.cache_clear()  # after a failover, REDIS_URL may lead to another node
-    return True
+
+
+def handle_interruption(error):
+    """Use a new client after Ctrl-C, or after the time limit of a job queue.
+
+    It may have left a reply unread on a connection. The next command would take it for its own.
+    """
+    if not isinstance(error, (pymysql.Error, *VALUE_ERRORS)):
+        redis_client.cache_clear()
 
 
 def lock_is_lost(error):
@@ -565,6 +571,7 @@ def reset_connections():
     """Start without a connection to MySQL. A child must not use those of its parent."""
     global idle_connections, connection_slots
     idle_connections = []
+    # In a Semaphore, an interrupted call could leave a lock taken without end.
     connection_slots = queue.SimpleQueue()
     for _ in range(MAX_CONNECTIONS):
         connection_slots.put("slot")
@@ -580,11 +587,7 @@ def mysql_connection():
 
     If MAX_CONNECTIONS are in use, wait for up to MYSQL_TIMEOUT. Raises pymysql.Error.
     """
-    try:
-        slot = connection_slots.get(timeout=MYSQL_TIMEOUT)
-    except queue.Empty:
-        # 1040 is MySQL's own number for too many connections.
-        raise pymysql.OperationalError(1040, "all MAX_CONNECTIONS are in use") from None
+    slot = take_slot()
     try:
         connection = open_connection()
         try:
@@ -595,6 +598,14 @@ def mysql_connection():
         idle_connections.append(connection)
     finally:
         connection_slots.put(slot)
+
+
+def take_slot():
+    try:
+        return connection_slots.get(timeout=MYSQL_TIMEOUT)
+    except queue.Empty:
+        # 1040 is MySQL's own number for too many connections.
+        raise pymysql.OperationalError(1040, "all MAX_CONNECTIONS are in use") from None
 
 
 def open_connection():
