@@ -62,13 +62,14 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-# Errors that come from a value, or from a mistake in the code. (A signal handler raises others.)
+# Errors that a value, or a mistake in the code, causes. Any other error that is not from Redis or
+# MySQL interrupts a call from outside, as Ctrl-C or the time limit of a job queue does.
 VALUE_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 VALUE_ERRORS += (NameError, RecursionError)
 paused_until = 0  # before this time.monotonic(), nothing is looked up in Redis
 failed_deletes = {}  # key that a save could not delete -> the time of its last failure
 
-# At level DEBUG, the log shows the key of each hit, and the text of each query.
+# At level DEBUG, the log shows the key of each hit, with its args, and the SQL of each query.
 log = logging.getLogger(__name__)
 
 # ---- Settings
@@ -419,9 +420,9 @@ REDIS_OPTIONS = {
     "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
 }
 try:  # make_connection checks the URL, and does not connect
-    connection = redis.Redis.from_url(**REDIS_OPTIONS).connection_pool.make_connection()
-    (connection.host or "").encode("idna")  # refuses .example.com, as connecting would
-    # If the password of user has a / in it, redis-py takes the part before it for a port.
+    host = redis.Redis.from_url(**REDIS_OPTIONS).connection_pool.make_connection().host
+    (host or "").encode("idna")  # raises an error for .example.com
+    # If a password has a / in it, redis-py may take the part before it for a port, and show it.
     if re.search("//.*[/?#].*@", REDIS_OPTIONS["url"]):
         raise ValueError
 except (TypeError, ValueError, redis.RedisError):
@@ -507,9 +508,9 @@ def handle_redis_error(error):
 
 
 def handle_interruption(error):
-    """Use a new client after Ctrl-C, or after the time limit of a job queue.
+    """Use a new client if this error has interrupted a call from outside.
 
-    It may have left a reply unread on a connection. The next command would take it for its own.
+    A reply may then be unread on a connection, and the next command would take it for its own.
     """
     if not isinstance(error, (pymysql.Error, *VALUE_ERRORS)):
         redis_client.cache_clear()
