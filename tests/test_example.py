@@ -183,17 +183,6 @@ def test_arguments_are_escaped_and_part_of_the_key(example, cache):
     assert example.fetch_key("}") != example.fetch_key(r"\x7d")
 
 
-def test_arguments_without_a_value_in_their_repr_are_refused(example, cache):
-    class Id:
-        def __str__(self):  # PyMySQL sends this
-            return "1"
-
-    for args in [Id()], {"id": Id()}, ([Id()],):
-        with pytest.raises(TypeError, match="repr"):
-            example.fetch(f"{PLANETS} WHERE id IN %s", args)
-    assert cache.keys() == []
-
-
 def test_a_mistake_in_the_arguments_does_not_replace_the_client(example, cache):
     client = example.redis_client()
     for sql, args in ("SELECT %s", ["\ud800"]), ("SELECT %(a)s", {}):
@@ -263,6 +252,7 @@ def query(number):
         sys.settrace(None)
 
 faulthandler.dump_traceback_later(30, exit=True)  # if a query hangs
+example.query("SELECT 1")  # then Python has imported all that it needs
 results = map(query, itertools.count(1))
 print(next(results), next(filter(None, results)), example.connection_slots.qsize() > 15)
 """
@@ -410,7 +400,6 @@ def test_an_import_is_silent_and_connects_to_nothing(cache, db):
         ("REDIS_URL", {"REDIS_URL": "redis://:geheim#niss@localhost:6379"}),
         ("REDIS_URL", {"REDIS_URL": "redis://:geheim@localhost:6379?x=geheim"}),
         ("REDIS_URL", {"REDIS_URL": "redis://user:12345/geheim@localhost:6379"}),
-        ("REDIS_URL", {"REDIS_URL": "redis://user:geheim@.example.com:6379"}),
         ("DB_SSL_CA.*/no/such/ca.pem", {"DB_SSL_CA": "/no/such/ca.pem"}),
         (f"DB_SSL_CA.*{__file__}", {"DB_SSL_CA": __file__}),
     ],
