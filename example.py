@@ -489,9 +489,9 @@ def pause_redis():
     invalidate tries Redis even in a pause. Its failures do not make the pause longer.
     """
     global paused_until
+    redis_client.cache_clear()
     if not redis_is_paused():
         paused_until = time.monotonic() + REDIS_PAUSE
-        redis_client.cache_clear()
 
 
 def handle_redis_error(error):

@@ -103,12 +103,18 @@ def test_a_redis_that_is_down_costs_almost_nothing_and_is_reported_once(
 
 
 def test_saves_do_not_prolong_the_pause(cached, own_redis, db):
-    cached.REDIS_PAUSE = 2
+    cached.REDIS_PAUSE = 3
     own_redis.kill()
     is_right(cached)
     end = cached.paused_until
     for _ in range(10):
         cached.save_planet(2, "Venus")
+    assert cached.redis_is_paused() and cached.paused_until == end
+    own_redis.start()
+    cached.redis_client()  # a save has made it in the pause
+    own_redis.kill()
+    cached.invalidate("planet:2")
+    assert not cached.redis_client.cache_info().currsize  # it is not used after the pause
     assert cached.redis_is_paused() and cached.paused_until == end
     own_redis.start()
     wait_until(lambda: is_used(own_redis, cached))
