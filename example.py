@@ -280,7 +280,7 @@ def store_if_lock_held(lock, store, result):
         SELECT: the old record
                                      INSERT ... ON DUPLICATE KEY UPDATE
                                      invalidate: DELETE the key and the lock
-        the lock is lost: do not store
+        WATCH the lock: it is lost, so do not store
     """
     try:
         with lock.redis.pipeline(transaction=True) as pipe:
@@ -570,7 +570,7 @@ def reset_connections():
     """Start without a connection to MySQL. A child must not use those of its parent."""
     global idle_connections, connection_slots
     idle_connections = []
-    # In a Semaphore, an interrupted call could leave a lock taken without end.
+    # A Semaphore has a lock of its own, which an interrupted call could keep for all others.
     connection_slots = queue.SimpleQueue()
     for _ in range(MAX_CONNECTIONS):
         connection_slots.put("slot")

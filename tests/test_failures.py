@@ -114,7 +114,8 @@ def test_saves_do_not_prolong_the_pause(cached, own_redis, db):
     cached.redis_client()  # a save has made it in the pause
     own_redis.kill()
     cached.invalidate("planet:2")
-    assert not cached.redis_client.cache_info().currsize  # it is not used after the pause
+    # It is not used after the pause.
+    assert not cached.redis_client.cache_info().currsize
     assert cached.redis_is_paused() and cached.paused_until == end
     own_redis.start()
     wait_until(lambda: is_used(own_redis, cached))
