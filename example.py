@@ -10,6 +10,7 @@ The seven-line version is GET; on a miss, the query, and SETEX. What this adds, 
 - If Redis fails, a call queries MySQL instead, and a warning says why (handle_redis_error).
 - If a save cannot delete the old row from Redis, the same process tries again before it next
   looks up this row (redis_can_be_used).
+- An interrupted call leaves no unread reply for the next one (handle_interruption).
 - A value that cannot be read is replaced (look_up). Every key expires, even if a process dies
   (store_if_lock_held).
 - A hit returns what the miss returned, in values and types (encode). A hit of 10,000 rows is
@@ -52,7 +53,7 @@ MYSQL_TIMEOUT = 5  # to connect to MySQL, or to wait for its reply
 MAX_CONNECTIONS = 20  # to MySQL, per process; MySQL must allow them for all processes
 # One caller loads, and has a lock. Its process can die, so the lock expires. If a load takes
 # longer than LOCK_TTL, for example because it waits for a connection, its result is not stored.
-LOCK_TTL = 2 * MYSQL_TIMEOUT  # 10, because to connect and to query can take 5 each
+LOCK_TTL = 2 * MYSQL_TIMEOUT  # 10, because connecting and the query can take 5 each
 # The others wait at most MAX_WAIT. This is longer than LOCK_TTL, so that one of them can get the
 # lock after it has expired, and load.
 MAX_WAIT = LOCK_TTL + MYSQL_TIMEOUT  # 15
@@ -418,7 +419,7 @@ REDIS_OPTIONS = {
     "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
 }
 try:
-    # If a password has a / in it, redis-py may take the part before it for a port, and show it.
+    # If a password has a / in it, redis-py may read the part before it as a port, and show it.
     if re.search("//.*[/?#].*@", REDIS_OPTIONS["url"]):
         raise ValueError
     # make_connection checks the URL, and does not connect.
@@ -552,7 +553,7 @@ MYSQL_OPTIONS = {
     # The server ends a wait for a lock after 2 s, and a query just before PyMySQL would give up.
     # Queries cannot write. The servers have different names for the last two. MySQL (5.7.20 or
     # newer) runs the text in /*!50720 */, and MariaDB the text in /*M! */. Each of them ignores
-    # the other text.
+    # the other text. A completion_type of 1 would make a COMMIT begin another transaction.
     "init_command": "SET SESSION autocommit = 1, completion_type = 0,"
     " innodb_lock_wait_timeout = 2, lock_wait_timeout = 2,"
     " /*!50720 transaction_read_only = 1,"
@@ -570,7 +571,7 @@ def reset_connections():
     """Start without a connection to MySQL. A child must not use those of its parent."""
     global idle_connections, connection_slots
     idle_connections = []
-    # A Semaphore has a lock of its own, which an interrupted call could keep for all others.
+    # Not a Semaphore, because an interrupted call could leave it locked, also for release.
     connection_slots = queue.SimpleQueue()
     for _ in range(MAX_CONNECTIONS):
         connection_slots.put("slot")
