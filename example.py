@@ -571,7 +571,7 @@ def reset_connections():
     """Start without a connection to MySQL. A child must not use those of its parent."""
     global idle_connections, connection_slots
     idle_connections = []
-    # Not a Semaphore, because an interrupted call could leave it locked, also for release.
+    # Not a Semaphore: an interrupted call could leave it locked, and then all others would hang.
     connection_slots = queue.SimpleQueue()
     for _ in range(MAX_CONNECTIONS):
         connection_slots.put("slot")
