@@ -7,10 +7,10 @@ store it in Redis for TTL seconds.
 The seven-line version is GET; on a miss, the query, and SETEX. What this adds, and where:
 - If many callers miss the same key, one loads and the others wait (cache_aside).
 - A slow reader does not store an old row after a save (store_if_lock_held).
-- If Redis fails, a call queries MySQL instead, and a warning says why (handle_redis_error).
+- If Redis fails, a call queries MySQL instead, and a warning says why (RedisMayFail).
 - If a save cannot delete the old row from Redis, the same process tries again before it next
   looks up this row (redis_can_be_used).
-- An interrupted call leaves no unread reply for the next one (handle_interruption).
+- An interrupted call leaves no unread reply for the next one (RedisMayFail).
 - A value that cannot be read is replaced (look_up). Every key expires, even if a process dies
   (store_if_lock_held).
 - A hit returns what the miss returned, in values and types (encode). A hit of 10,000 rows is
@@ -68,7 +68,7 @@ REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
 VALUE_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 VALUE_ERRORS += (NameError, RecursionError)
 paused_until = 0  # before this time.monotonic(), nothing is looked up in Redis
-failed_deletes = {}  # key that a save could not delete -> the time of its last failure
+failed_deletes = {}  # key that a save could not delete -> an object for its last failure
 
 # At level DEBUG, the log shows the key of each hit, with its args, and the SQL of each query.
 log = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ def cache_aside(key, read, load, store):
     """
     lock_name = name_of_lock(key)
     deadline = time.monotonic() + MAX_WAIT
-    try:
+    with RedisMayFail():
         while redis_can_be_used(key) and time.monotonic() < deadline:
             result = look_up(key, read)
             if result is not MISS:
@@ -221,22 +221,8 @@ def cache_aside(key, read, load, store):
             if lock.acquire(blocking=False):
                 return load_with_lock(lock, key, read, load, store)
             time.sleep(POLL_EVERY)
-    except REDIS_ERRORS as error:
-        handle_redis_error(error)
-    except BaseException as error:
-        handle_interruption(error)
-        raise
-    # Redis cannot be used for this key, or this caller has waited for MAX_WAIT.
+    # Redis has failed or is paused, or this caller has waited for MAX_WAIT.
     return load()
-
-
-def redis_can_be_used(key):
-    """Return False in a pause, or if an old record cannot be deleted, which is tried again."""
-    if redis_is_paused():
-        return False
-    if key in failed_deletes:
-        invalidate(key)
-    return key not in failed_deletes
 
 
 def look_up(key, read):
@@ -265,10 +251,12 @@ def load_with_lock(lock, key, read, load, store):
         result = look_up(key, read)
         if result is MISS:
             result = load()
-            store_if_lock_held(lock, store, result)
+            with RedisMayFail():
+                store_if_lock_held(lock, store, result)
         return result
     finally:
-        release(lock)
+        with RedisMayFail():
+            lock.release()
 
 
 def store_if_lock_held(lock, store, result):
@@ -283,25 +271,14 @@ def store_if_lock_held(lock, store, result):
                                      invalidate: DELETE the key and the lock
         WATCH the lock: it is lost, so do not store
     """
-    try:
-        with lock.redis.pipeline(transaction=True) as pipe:
-            # owned() asks Redis on another connection. WATCH comes before it. So, if the lock is
-            # lost after owned(), execute() raises a WatchError, and stores nothing.
-            pipe.watch(lock.name)
-            if lock.owned():
-                pipe.multi()  # from here on, the pipe only collects the commands
-                store(pipe, result)
-                pipe.execute()  # Redis carries them out together
-    except REDIS_ERRORS as error:
-        handle_redis_error(error)
-
-
-def release(lock):
-    """Delete the lock, if this caller still has it."""
-    try:
-        lock.release()
-    except REDIS_ERRORS as error:
-        handle_redis_error(error)
+    with lock.redis.pipeline(transaction=True) as pipe:
+        # owned() asks Redis on another connection. WATCH comes before it. So, if the lock is
+        # lost after owned(), execute() raises a WatchError, and stores nothing.
+        pipe.watch(lock.name)
+        if lock.owned():
+            pipe.multi()  # from here on, the pipe only collects the commands
+            store(pipe, result)
+            pipe.execute()  # Redis carries them out together
 
 
 def invalidate(key):
@@ -311,18 +288,25 @@ def invalidate(key):
     up this key.
     """
     lock_name = name_of_lock(key)
-    failed_at = failed_deletes.get(key)
+    failure = failed_deletes.get(key)
+    deleted = None
     try:
-        redis_client().delete(key, lock_name)
-        if failed_deletes.get(key) == failed_at:  # no other thread has failed meanwhile
+        with RedisMayFail():
+            deleted = redis_client().delete(key, lock_name)  # how many of the two
+    finally:
+        if deleted is None:  # Redis has failed, or this call was interrupted
+            failed_deletes[key] = object()
+        elif failed_deletes.get(key) is failure:  # no other thread has failed meanwhile
             failed_deletes.pop(key, None)
-    except REDIS_ERRORS as error:
-        failed_deletes[key] = time.monotonic()
-        handle_redis_error(error)
-    except BaseException as error:
-        failed_deletes[key] = time.monotonic()
-        handle_interruption(error)
-        raise
+
+
+def redis_can_be_used(key):
+    """Return False in a pause, or if an old record still cannot be deleted."""
+    if time.monotonic() < paused_until:
+        return False
+    if key in failed_deletes:
+        invalidate(key)
+    return key not in failed_deletes
 
 
 def name_of_lock(key):
@@ -480,45 +464,36 @@ def redis_client():
 os.register_at_fork(after_in_child=redis_client.cache_clear)
 
 
-def redis_is_paused():
-    return time.monotonic() < paused_until
+class RedisMayFail:
+    """with RedisMayFail(): If Redis fails in this block, handle the error, and go on after it."""
 
+    def __enter__(self):
+        pass
 
-def pause_redis():
-    """Look nothing up in Redis for REDIS_PAUSE, and then use a new client.
-
-    invalidate tries Redis even in a pause. Its failures do not make the pause longer.
-    """
-    global paused_until
-    redis_client.cache_clear()
-    if not redis_is_paused():
-        paused_until = time.monotonic() + REDIS_PAUSE
+    def __exit__(self, error_type, error, traceback):
+        if isinstance(error, REDIS_ERRORS):
+            handle_redis_error(error)
+            return True  # do not raise the error again
+        if error and not isinstance(error, (pymysql.Error, *VALUE_ERRORS)):
+            # An interruption can leave a reply unread on a connection of this client. The next
+            # command on it would take this reply for its own.
+            redis_client.cache_clear()
+        return False
 
 
 def handle_redis_error(error):
-    """Log a warning. If Redis is out of reach, pause it."""
-    if lock_is_lost(error):
+    """Log a warning. If Redis is out of reach, do not look anything up in it for REDIS_PAUSE."""
+    global paused_until
+    # A WatchError with another text means that the connection was lost, which is a failure.
+    if isinstance(error, LockError) or str(error) == "Watched variable changed.":
         return  # not a failure: a save has deleted the lock, or it has expired
     warn(f"a command to Redis failed with a {type(error).__name__}", error)
-    if isinstance(error, OUT_OF_REACH):
-        pause_redis()
-    elif isinstance(error, redis.ReadOnlyError):
-        redis_client.cache_clear()  # after a failover, REDIS_URL may lead to another node
-
-
-def handle_interruption(error):
-    """Use a new client if this error has interrupted a call from outside.
-
-    A reply may then be unread on a connection, and the next command would take it for its own.
-    """
-    if not isinstance(error, (pymysql.Error, *VALUE_ERRORS)):
+    # After a failover, REDIS_URL can lead to another node. A new client connects to that one.
+    if isinstance(error, (*OUT_OF_REACH, redis.ReadOnlyError)):
         redis_client.cache_clear()
-
-
-def lock_is_lost(error):
-    """Return True if this error means that the caller no longer has its lock."""
-    # A WatchError with another text means that the connection was lost, which is a failure.
-    return isinstance(error, LockError) or str(error) == "Watched variable changed."
+    # invalidate tries Redis even in a pause. Its failures do not make the pause longer.
+    if isinstance(error, OUT_OF_REACH) and time.monotonic() >= paused_until:
+        paused_until = time.monotonic() + REDIS_PAUSE
 
 
 def warn(problem, reason):

@@ -10,6 +10,7 @@ from conftest import load
 from servers import Servers
 from tools import (
     MERCURY,
+    is_paused,
     is_well,
     plain,
     plant,
@@ -125,7 +126,7 @@ def test_a_key_that_moves_to_a_new_node_is_read_and_saved(nodes, modules, cache,
         assert module.planet(1) == new and module.failed_deletes
         module.failed_deletes.clear()
         forget_the_target()
-        assert module.planet(1) == new and module.redis_is_paused()
+        assert module.planet(1) == new and is_paused(module)
         assert module.save_planet(1, "New") == new
     finally:
         set_slot(source, "STABLE")

@@ -6,7 +6,16 @@ import time
 import pytest
 import redis
 from conftest import servers
-from tools import MERCURY, Sent, Worker, begin, outcomes, selects, start_crowd
+from tools import (
+    MERCURY,
+    Sent,
+    Worker,
+    begin,
+    is_paused,
+    outcomes,
+    selects,
+    start_crowd,
+)
 
 SLOW = "SELECT 'slow' AS speed, SLEEP(0.2) AS slept"
 NONE = "SELECT name FROM planet WHERE id = 99"
@@ -100,7 +109,7 @@ def test_a_waiting_caller_does_not_wait_for_a_redis_that_has_failed(example, cac
     cache.set("lock:{planet:1}", "of another process", ex=5)
     call = begin(example.planet, 1)
     time.sleep(0.1)
-    example.pause_redis()
+    example.paused_until = time.monotonic() + 5
     assert call.result(1) == MERCURY
 
 
@@ -116,7 +125,7 @@ def test_a_caller_whose_second_look_fails_releases_the_lock(example, cache):
 
     example.look_up = first
     assert example.planet(1) == MERCURY
-    assert example.redis_is_paused()
+    assert is_paused(example)
     assert not cache.exists("lock:{planet:1}")
 
 

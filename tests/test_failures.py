@@ -17,6 +17,7 @@ from tools import (
     Worker,
     begin,
     holders,
+    is_paused,
     is_well,
     outcomes,
     plain,
@@ -85,7 +86,7 @@ def test_a_redis_that_is_down_costs_almost_nothing_and_is_reported_once(
 ):
     own_redis.kill()
     assert is_right(cached) < 1
-    assert cached.redis_is_paused()
+    assert is_paused(cached)
     times = [is_right(cached) for _ in range(100)]
     assert sorted(times)[50] < 0.005
     assert max(times) < 0.25  # the machine may be busy with something else
@@ -109,14 +110,14 @@ def test_saves_do_not_prolong_the_pause(cached, own_redis, db):
     end = cached.paused_until
     for _ in range(10):
         cached.save_planet(2, "Venus")
-    assert cached.redis_is_paused() and cached.paused_until == end
+    assert is_paused(cached) and cached.paused_until == end
     own_redis.start()
     cached.redis_client()  # a save has made it in the pause
     own_redis.kill()
     cached.invalidate("planet:2")
     # It is not used after the pause.
     assert not cached.redis_client.cache_info().currsize
-    assert cached.redis_is_paused() and cached.paused_until == end
+    assert is_paused(cached) and cached.paused_until == end
     own_redis.start()
     wait_until(lambda: is_used(own_redis, cached))
 
@@ -187,7 +188,7 @@ def lost_in_ten_seconds(fault, nodes, module):
             time.sleep(0.05)
     for id in ids:  # on whichever node: one that works reports CLUSTERDOWN
         module.paused_until = 0
-        assert module.planet(id)["id"] == id and module.redis_is_paused()
+        assert module.planet(id)["id"] == id and is_paused(module)
     nodes[-1].start() if fault == "kill" else nodes[-1].resume()
     wait_until(lambda: len(nodes) == 1 or all(map(is_well, nodes)))
     # By now the records from before have expired.
@@ -254,7 +255,7 @@ def test_a_loaded_result_is_not_loaded_again(fault, moment, cached, own_redis, d
     before = selects(db)
     result, seconds = timed(cached.planet, 1)
     assert (result, selects(db)) == (MERCURY, before + 1)
-    assert cached.redis_is_paused()
+    assert is_paused(cached)
     assert seconds < 1.5  # to store and to release the lock are several timeouts
 
 
@@ -382,7 +383,7 @@ def test_a_connection_lost_before_exec_is_reported(example, cache, caplog):
     assert example.fetch("SELECT 1 AS x") == [{"x": 1}]
     (warning,) = warnings(caplog, example)
     assert "while watching" in warning
-    assert not example.redis_is_paused()
+    assert not is_paused(example)
     assert not cache.keys()  # the lock is gone
 
 
@@ -403,7 +404,7 @@ def test_a_mistake_in_a_decoder_or_a_key_is_reported(
     assert error in warning
     with pytest.raises(TypeError):
         example.record(("planet", 1), "SELECT 1 AS x")
-    assert not example.redis_is_paused()
+    assert not is_paused(example)
 
 
 class TimeLimit(Exception):

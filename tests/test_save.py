@@ -7,7 +7,7 @@ import pymysql
 import pytest
 from conftest import load
 from servers import free_port
-from tools import MERCURY, Relay, begin, plain, selects, wait_until
+from tools import MERCURY, Relay, begin, is_paused, plain, selects, wait_until
 
 NEW = {"id": 1, "name": "New"}
 
@@ -244,7 +244,7 @@ def test_a_removal_that_fails_again_while_it_is_repeated_is_kept(cut_off):
         fail()
 
     fail()
-    assert module.redis_is_paused() and module.warned_at
+    assert is_paused(module) and module.warned_at
     client = module.redis_client()
     delete, client.delete = client.delete, delete_and_fail
     module.paused_until = 0

@@ -237,6 +237,10 @@ def shorten_timeouts(module):
     module.idle_connections.clear()
 
 
+def is_paused(module):
+    return time.monotonic() < module.paused_until
+
+
 def start_cluster(own):
     """A cluster of three Redis servers. It takes two seconds."""
     args = ["--cluster-enabled", "yes", "--cluster-config-file", "nodes"]
