@@ -217,7 +217,7 @@ def cache_aside(key, read, load, store):
             result = look_up(key, read)
             if result is not MISS:
                 return result
-            lock = redis_client().lock(lock_name, timeout=LOCK_TTL)
+            lock = client_for(key).lock(lock_name, timeout=LOCK_TTL)
             if lock.acquire(blocking=False):
                 return load_with_lock(lock, key, read, load, store)
             time.sleep(POLL_EVERY)
@@ -227,7 +227,7 @@ def cache_aside(key, read, load, store):
 
 def look_up(key, read):
     """Return the result that is in Redis, or MISS. Delete a value that cannot be read."""
-    client = redis_client()
+    client = client_for(key)
     try:
         result = read(client)
     except (redis.ResponseError, *VALUE_ERRORS) as error:
@@ -292,7 +292,7 @@ def invalidate(key):
     deleted = None
     try:
         with RedisMayFail():
-            deleted = redis_client().delete(key, lock_name)  # how many of the two
+            deleted = client_for(key).delete(key, lock_name)  # how many of the two
     finally:
         if deleted is None:  # Redis has failed, or this call was interrupted
             failed_deletes[key] = object()
@@ -413,30 +413,17 @@ except (TypeError, ValueError, redis.RedisError):
     raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
 
 # After one of these errors, Redis is paused. After any other, it is still used: it has refused a
-# command, for example because it is full, but it still serves hits. (MovedError means that this
-# node belongs to a cluster, but has refused INFO.)
+# command, for example because it is full, but it still serves hits.
 OUT_OF_REACH = (
     redis.ConnectionError,
     redis.TimeoutError,
     redis.RedisClusterException,
     ClusterDownError,
-    MovedError,
 )
+# After one of these errors, a new client finds the right node: after a failover, REDIS_URL can lead
+# to another one, and in a cluster, a key can move to another one.
+WRONG_NODE = (redis.ReadOnlyError, MovedError)
 warned_at = {}  # warning -> the time at which it was last logged
-
-
-class Cluster(redis.RedisCluster):
-    """If a key moves to a new node, raise an error of Redis. redis-py raises AttributeError."""
-
-    def get_node(self, *args, **kwargs):
-        node = super().get_node(*args, **kwargs)
-        if node is None:
-            raise redis.RedisClusterException("a key moves to a node that is new")
-        return node
-
-    def delete(self, *keys):
-        # redis-py would use a pipeline, which does not have this get_node.
-        return self.execute_command("DEL", *keys)
 
 
 @functools.cache
@@ -446,15 +433,10 @@ def redis_client():
     redis-py lends a connection to one thread at a time.
     """
     client = redis.Redis.from_url(**REDIS_OPTIONS)
-    is_cluster = False
-    # If INFO is not allowed, Redis is taken for a single node.
+    # A node that does not belong to a cluster refuses this command.
     with suppress(redis.ResponseError):
-        is_cluster = client.info("cluster").get("cluster_enabled")
-    if is_cluster:
-        client = Cluster.from_url(**REDIS_OPTIONS)
-        # After an error, redis-py would look for the nodes again, in one thread after the other.
-        # pause_redis makes a new client instead.
-        client.nodes_manager.initialize = lambda *args, **kwargs: None
+        client.cluster("SLOTS")
+        client = redis.RedisCluster.from_url(**REDIS_OPTIONS)
     # redis-py closes a client that is no longer used. After a fork, this can block the child
     # without end, because a thread of the parent had a lock of the client.
     client.close = lambda: None
@@ -464,8 +446,20 @@ def redis_client():
 os.register_at_fork(after_in_child=redis_client.cache_clear)
 
 
+def client_for(key):
+    """Return a client for the node that holds this key.
+
+    RedisCluster would handle an error itself: it would look for the nodes again, in one thread
+    after the other. The client of a node raises the error, and handle_redis_error handles it.
+    """
+    client = redis_client()
+    if isinstance(client, redis.Redis):
+        return client
+    return client.get_redis_connection(client.get_node_from_key(key))
+
+
 class RedisMayFail:
-    """with RedisMayFail(): If Redis fails in this block, handle the error, and go on after it."""
+    """If Redis fails in a `with RedisMayFail():` block, go on after the block."""
 
     def __enter__(self):
         pass
@@ -475,10 +469,10 @@ class RedisMayFail:
             handle_redis_error(error)
             return True  # do not raise the error again
         if error and not isinstance(error, (pymysql.Error, *VALUE_ERRORS)):
-            # An interruption can leave a reply unread on a connection of this client. The next
-            # command on it would take this reply for its own.
+            # Ctrl-C or the like can leave a reply unread on a connection. The next command would
+            # take it for its own. So use a new client.
             redis_client.cache_clear()
-        return False
+        return False  # raise it
 
 
 def handle_redis_error(error):
@@ -488,8 +482,7 @@ def handle_redis_error(error):
     if isinstance(error, LockError) or str(error) == "Watched variable changed.":
         return  # not a failure: a save has deleted the lock, or it has expired
     warn(f"a command to Redis failed with a {type(error).__name__}", error)
-    # After a failover, REDIS_URL can lead to another node. A new client connects to that one.
-    if isinstance(error, (*OUT_OF_REACH, redis.ReadOnlyError)):
+    if isinstance(error, OUT_OF_REACH + WRONG_NODE):
         redis_client.cache_clear()
     # invalidate tries Redis even in a pause. Its failures do not make the pause longer.
     if isinstance(error, OUT_OF_REACH) and time.monotonic() >= paused_until:
@@ -635,7 +628,8 @@ def write(sql, args=None):
 # - If it is out of reach or full, callers do not wait for one another. Each queries MySQL. But a
 #   process runs at most MAX_CONNECTIONS queries at a time.
 # - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys. One node of a cluster
-#   can cause that. Without the node in REDIS_URL, a cluster is not used.
+#   can cause that. Without the node in REDIS_URL, a cluster is not used. While a cluster moves a
+#   key to another node, the key is not cached.
 # - A result that takes longer than REDIS_TIMEOUT to send is not stored. Redis is not paused,
 #   because redis-py reports this as a WatchError.
 # - If the reply that gives a caller the lock is late, or if it fails to release the lock, the

@@ -92,47 +92,61 @@ def test_what_a_save_could_not_remove_is_removed_later(modules, cache):
     assert modules[0].planet(1) == MERCURY
 
 
-def test_a_cluster_that_was_taken_for_a_single_node_is_recognised(nodes, modules):
+def test_a_user_without_the_right_to_look_for_the_nodes_gets_the_rows(nodes, modules):
     with redis.Redis.from_url(nodes[0].url) as node:
-        node.execute_command("ACL SETUSER", "default", "-info")
-        assert isinstance(modules[0].redis_client(), redis.Redis)
-        node.execute_command("ACL SETUSER", "default", "+info")
-    for id in range(1, 9):
-        assert modules[0].planet(id) == modules[1].planet(id)
+        node.execute_command("ACL SETUSER", "default", "-cluster")
+        try:
+            records = [modules[0].planet(id) for id in range(1, 9)]
+        finally:
+            node.execute_command("ACL SETUSER", "default", "+cluster")
+    assert not is_paused(modules[0])  # it has served the keys of this node
+    assert records == [modules[1].planet(id) for id in range(1, 9)]
+    assert records == [modules[0].planet(id) for id in range(1, 9)]
     assert isinstance(modules[0].redis_client(), redis.RedisCluster)
 
 
-def test_a_key_that_moves_to_a_new_node_is_read_and_saved(nodes, modules, cache, db):
-    module, other, _ = modules
-    new = {"id": 1, "name": "New"}
-    assert module.planet(1) == MERCURY
+@pytest.fixture
+def move(nodes, cache):
+    """Yield a function that moves the slot of planet:1 to another node, in two steps."""
     slot, port = cache.keyslot("planet:1"), cache.get_node_from_key("planet:1").port
     source, target = sorted(nodes, key=lambda node: node.port != port)[:2]
-    id_of = lambda node: plain(node).execute_command("CLUSTER MYID")
-    set_slot = lambda node, *args: plain(node).execute_command(
-        "CLUSTER SETSLOT", slot, *args
-    )
+    source, target = plain(source), plain(target)
+    ids = {node: node.execute_command("CLUSTER MYID") for node in (source, target)}
 
-    def forget_the_target():
-        module.paused_until = 0
-        module.redis_client().nodes_manager.nodes_cache.pop(f"127.0.0.1:{target.port}")
+    def move(step, source=source, target=target):
+        if step == "begin":
+            target.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[source])
+            source.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
+        for key in source.keys("*planet:1*"):
+            host, port = "127.0.0.1", target.connection_pool.connection_kwargs["port"]
+            args = "AUTH", "a-secret", "KEYS", key
+            source.execute_command("MIGRATE", host, port, "", 0, 1000, *args)
+        if step == "end":
+            for node in target, source:
+                node.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[target])
 
-    set_slot(target, "IMPORTING", id_of(source))
-    set_slot(source, "MIGRATING", id_of(target))
-    cache.delete("planet:1")  # so that the old node sends callers to the new one
-    try:
-        forget_the_target()
-        assert module.save_planet(1, "New") == new
-        assert module.planet(1) == new and module.failed_deletes
-        module.failed_deletes.clear()
-        forget_the_target()
-        assert module.planet(1) == new and is_paused(module)
-        assert module.save_planet(1, "New") == new
-    finally:
-        set_slot(source, "STABLE")
-        set_slot(target, "STABLE")
-    module.paused_until = 0
+    yield move
+    move("begin", target, source)
+    move("end", target, source)
+
+
+def test_a_key_that_moves_to_another_node_is_read_and_saved(move, modules, db):
+    module, other, third = modules
+    new, newer = {"id": 1, "name": "New"}, {"id": 1, "name": "Newer"}
+    assert [module.planet(1) for module in modules] == 3 * [MERCURY]
+    move("begin")
+    assert module.save_planet(1, "New") == new
     assert module.planet(1) == other.planet(1) == new
+    move("end")
+    # Each module asks the old node once, and the new one from then on. There, the first module
+    # deletes the old record, loads the new one, and stores it.
+    for queries in 3, 1, 0:
+        before = selects(db)
+        assert [module.planet(1) for module in modules] == 3 * [new]
+        assert selects(db) == before + queries
+    assert not any(map(is_paused, modules))
+    assert other.save_planet(1, "Newer") == newer
+    assert module.planet(1) == other.planet(1) == third.planet(1) == newer
 
 
 def test_callers_do_not_wait_in_turn_for_a_cluster_that_hangs(nodes, modules):
