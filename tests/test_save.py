@@ -240,8 +240,9 @@ def test_a_removal_that_fails_again_while_it_is_repeated_is_kept(cut_off):
             module.invalidate("planet:1")
 
     def delete_and_fail(*keys):
-        delete(*keys)
+        deleted = delete(*keys)
         fail()
+        return deleted
 
     fail()
     assert is_paused(module) and module.warned_at
