@@ -63,10 +63,8 @@ WARN_EVERY = 60  # the same warning is not repeated within this time
 MISS = object()  # what a look-up returns if the key is not in Redis
 # All errors of redis-py. (RedisClusterException is not a subclass of RedisError.)
 REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
-# Errors that a value, or a mistake in the code, causes. Any other error that is not from Redis or
-# MySQL interrupts a call from outside, as Ctrl-C or the time limit of a job queue does.
-VALUE_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
-VALUE_ERRORS += (NameError, RecursionError)
+# All errors that a value can cause when it is converted.
+VALUE_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
 paused_until = 0  # before this time.monotonic(), nothing is looked up in Redis
 failed_deletes = {}  # key that a save could not delete -> an object for its last failure
 
@@ -75,13 +73,13 @@ log = logging.getLogger(__name__)
 
 # ---- Settings
 
-# A wrong setting is an exception on import. If this file is run as a script, it is one line of
-# text, without a traceback.
-SettingError = SystemExit if __name__ == "__main__" else ValueError
+# A wrong setting raises a ValueError. If this file is run as a script, Python shows it as one line.
+if __name__ == "__main__":
+    sys.tracebacklimit = 0
 
 required = ["REDIS_URL", "DB_HOST", "DB_USER", "DB_PASS", "DB_NAME"]
 if missing := [name for name in required if not os.environ.get(name)]:
-    raise SettingError(f"not set in the environment: {', '.join(missing)}")
+    raise ValueError(f"not set in the environment: {', '.join(missing)}")
 
 # ---- The two techniques: rows as a string, and a row as a hash
 
@@ -410,7 +408,7 @@ try:
     redis.Redis.from_url(**REDIS_OPTIONS).connection_pool.make_connection()
 except (TypeError, ValueError, redis.RedisError):
     # The text of this error is left out because it could show the password.
-    raise SettingError("REDIS_URL is not like redis://user:pass@host:port") from None
+    raise ValueError("REDIS_URL is not like redis://user:pass@host:port") from None
 
 # After one of these errors, Redis is paused. After any other, it is still used: it has refused a
 # command, for example because it is full, but it still serves hits.
@@ -469,8 +467,8 @@ class RedisMayFail:
             handle_redis_error(error)
             return True  # do not raise the error again
         if error and not isinstance(error, (pymysql.Error, *VALUE_ERRORS)):
-            # Ctrl-C or the like can leave a reply unread on a connection. The next command would
-            # take it for its own. So use a new client.
+            # Ctrl-C, or the time limit of a job queue, can leave a reply unread on a connection.
+            # The next command would take it for its own. So use a new client.
             redis_client.cache_clear()
         return False  # raise it
 
@@ -504,7 +502,7 @@ def warn(problem, reason):
 
 port = os.environ.get("DB_PORT") or "3306"
 if not (port.isdecimal() and 0 < int(port) < 65536):
-    raise SettingError(f"DB_PORT is not a port number: {port!r}")
+    raise ValueError(f"DB_PORT is not a port number: {port!r}")
 MYSQL_OPTIONS = {
     "host": os.environ["DB_HOST"],
     "port": int(port),
@@ -532,7 +530,7 @@ if ca := os.environ.get("DB_SSL_CA"):
     try:  # PyMySQL then refuses a server without TLS, or with another certificate or name
         MYSQL_OPTIONS["ssl"] = ssl.create_default_context(cafile=ca)
     except OSError as error:
-        raise SettingError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
+        raise ValueError(f"DB_SSL_CA cannot be used: {ca!r}: {error}") from None
 
 
 def reset_connections():

@@ -407,7 +407,8 @@ def test_a_setting_that_is_missing_or_malformed_is_named(pattern, environment):
     line = error_line(**environment)
     assert re.search(pattern, line)
     module = python("-c", "import example", status=1, **environment)
-    assert module.stderr.endswith(f"\nValueError: {line}\n")
+    assert line.startswith("ValueError: ")
+    assert module.stderr.endswith(f"\n{line}\n")
 
 
 def test_a_database_out_of_reach_is_one_line(cache):
