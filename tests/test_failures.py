@@ -350,6 +350,7 @@ GARBAGE = {
     "an unknown type": '{"type":"eval","value":"exit()"}',
     "no type": '{"value":"1"}',
     "not a number": '{"type":"Decimal","value":"Mercury"}',
+    "not text": '{"type":"date","value":2019}',
     "an infinite time": '{"type":"timedelta","value":1e999}',
     "another type of key": None,
 }
