@@ -627,7 +627,7 @@ def write(sql, args=None):
 #   process runs at most MAX_CONNECTIONS queries at a time.
 # - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys. One node of a cluster
 #   can cause that. Without the node in REDIS_URL, a cluster is not used. While a cluster moves a
-#   key to another node, the key is not cached.
+#   key to another node, the key is not cached, and a save cannot delete it.
 # - A result that takes longer than REDIS_TIMEOUT to send is not stored. Redis is not paused,
 #   because redis-py reports this as a WatchError.
 # - If the reply that gives a caller the lock is late, or if it fails to release the lock, the
