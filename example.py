@@ -476,8 +476,9 @@ class RedisMayFail:
             handle_redis_error(error)
             return True  # do not raise the error again
         if error and not isinstance(error, (pymysql.Error, *VALUE_ERRORS)):
-            # Ctrl-C, or the time limit of a job queue, can leave a reply unread on a connection.
-            # The next command would take it for its own. So use a new client.
+            # Something else has interrupted the call, such as Ctrl-C or the time limit of a job
+            # queue. A reply can be unread on a connection, and the next command would take it for
+            # its own. So use a new client.
             redis_client.cache_clear()
         return False  # raise it
 
