@@ -377,6 +377,17 @@ def test_a_value_that_cannot_be_read_is_a_miss_is_replaced_and_is_reported(
     assert not any(word in warning for word in ("Mercu", "Planted", "exit"))
 
 
+def test_a_value_that_this_user_may_not_read_stays(cached, own_redis, caplog):
+    is_right(cached)
+    with plain(own_redis) as cache:
+        cache.execute_command("ACL SETUSER", "default", "-get", "-hgetall")
+        is_right(cached)
+        assert cache.exists(NAMES, "planet:1") == 2
+    (warning,) = warnings(caplog, cached)
+    assert "no permissions" in warning
+    assert not is_paused(cached)
+
+
 def test_a_connection_lost_before_exec_is_reported(example, cache, caplog):
     rows_to_json = example.rows_to_json
     kill = lambda: cache.client_kill_filter(_type="normal", skipme=True)
