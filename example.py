@@ -66,7 +66,7 @@ REDIS_ERRORS = (redis.RedisError, redis.RedisClusterException)
 # All errors that a value can cause when it is converted.
 VALUE_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
 paused_until = 0  # before this time.monotonic(), nothing is looked up in Redis
-failed_deletes = {}  # key that a save could not delete -> an object for its last failure
+failed_deletes = {}  # key that a save could not delete -> a token, new for each failure
 
 # At level DEBUG, the log shows the key of each hit, with its args, and the SQL of each query.
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def record(key, sql, args=None, ttl=None):
         fields = NO_ROW
         if row is not None:
             fields = {name: to_json(value) for name, value in row.items()}
-        # No old fields can remain, because this is called only if the key is not in Redis.
+        # No old fields can remain: the caller has the lock, and the key is not in Redis.
         pipe.hset(key, mapping=fields)
         pipe.expire(key, ttl)
 
@@ -406,8 +406,6 @@ REDIS_OPTIONS = {
     "decode_responses": True,
     "socket_timeout": REDIS_TIMEOUT,
     "socket_connect_timeout": REDIS_TIMEOUT,
-    # The default, several retries with pauses, would take seconds.
-    "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
 }
 try:
     # If a password has a / in it, redis-py may read the part before it as a port, and show it.
@@ -417,7 +415,9 @@ try:
     redis.Redis.from_url(**REDIS_OPTIONS).connection_pool.make_connection()
 except (TypeError, ValueError, redis.RedisError):
     # The text of this error is left out because it could show the password.
-    raise ValueError("REDIS_URL is not like redis://user:pass@host:port") from None
+    raise ValueError(
+        "REDIS_URL is not like redis://user:pass@host:port (/ is %2F)"
+    ) from None
 
 # After one of these errors, Redis is paused. After any other, it is still used: it has refused a
 # command, for example because it is full, but it still serves hits.
@@ -486,7 +486,7 @@ class RedisMayFail:
 def handle_redis_error(error):
     """Log a warning. If Redis is out of reach, do not look anything up in it for REDIS_PAUSE."""
     global paused_until
-    # A WatchError with another text means that the connection was lost, which is a failure.
+    # redis-py raises a WatchError with another text if it has lost the connection.
     if isinstance(error, LockError) or str(error) == "Watched variable changed.":
         return  # not a failure: a save has deleted the lock, or it has expired
     warn(f"a command to Redis failed with a {type(error).__name__}", error)
@@ -547,7 +547,8 @@ def reset_connections():
     """Start without a connection to MySQL. A child must not use those of its parent."""
     global idle_connections, connection_slots
     idle_connections = []
-    # Not a Semaphore: an interrupted call could leave it locked, and then all others would hang.
+    # Not a Semaphore: it has a lock of its own. An interrupted call could keep this lock, and then
+    # all others would hang.
     connection_slots = queue.SimpleQueue()
     for _ in range(MAX_CONNECTIONS):
         connection_slots.put("slot")
