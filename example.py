@@ -415,9 +415,7 @@ try:
     redis.Redis.from_url(**REDIS_OPTIONS).connection_pool.make_connection()
 except (TypeError, ValueError, redis.RedisError):
     # The text of this error is left out because it could show the password.
-    raise ValueError(
-        "REDIS_URL is not like redis://user:pass@host:port (/ is %2F)"
-    ) from None
+    raise ValueError("REDIS_URL is not like redis://user:pass@host:port") from None
 
 # After one of these errors, Redis is paused. After any other, it is still used: it has refused a
 # command, for example because it is full, but it still serves hits.
