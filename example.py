@@ -637,8 +637,8 @@ def write(sql, args=None):
 # - One reply that is later than REDIS_TIMEOUT pauses Redis for all keys. One node of a cluster
 #   can cause that. Without the node in REDIS_URL, a cluster is not used.
 # - While a cluster moves a key to another node, a save may be unable to delete it. After a move,
-#   each thread that asks the old node makes a new client. With 100 threads, this took up to 2 s. A user
-#   without the right for CLUSTER SLOTS makes a new client for each key of another node.
+#   each thread that asks the old node makes a new client. With 100 threads, this took up to 2 s.
+#   A user without the right for CLUSTER SLOTS makes a new client for each key of another node.
 # - A result that takes longer than REDIS_TIMEOUT to send is not stored. Redis is not paused,
 #   because redis-py reports this as a WatchError.
 # - If the reply that gives a caller the lock is late, or if it fails to release the lock, the
