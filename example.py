@@ -484,7 +484,7 @@ class RedisMayFail:
 def handle_redis_error(error):
     """Log a warning. If Redis is out of reach, do not look anything up in it for REDIS_PAUSE."""
     global paused_until
-    # redis-py raises a WatchError with another text if it has lost the connection.
+    # A WatchError with another text means that the connection was lost. That is a failure.
     if isinstance(error, LockError) or str(error) == "Watched variable changed.":
         return  # not a failure: a save has deleted the lock, or it has expired
     warn(f"a command to Redis failed with a {type(error).__name__}", error)
